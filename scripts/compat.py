@@ -1,0 +1,75 @@
+"""Every patch of an upstream tool, each with the reason and the version at which it should go.
+
+All are no-ops where there is a GPU. Call the one for a tool before importing that tool.
+"""
+
+from __future__ import annotations
+
+import types
+
+
+def torchtitan_on_cpu() -> None:
+    """torchtitan 0.2.2 takes CUDA for granted where torch reports no accelerator (torch._C has no attribute
+    _cuda_setDevice) and asks torch.cpu for functions it lacks. Goes with torchtitan > 0.2.2 if `tools/utils.py`
+    learns about CPUs."""
+    import torch
+
+    if torch.accelerator.is_available():
+        return
+    device = types.ModuleType("torch_cpu_device")
+    device.__dict__.update({name: getattr(torch.cpu, name) for name in dir(torch.cpu) if not name.startswith("__")})
+    device.current_device = lambda: 0
+    device.get_device_name = lambda *_: "CPU"
+    device.get_device_properties = lambda *_: types.SimpleNamespace(total_memory=1 << 40, name="CPU")
+    device.memory_stats = lambda *_: {}
+    device.reset_peak_memory_stats = device.empty_cache = lambda *_: None
+    original = torch._utils._get_available_device_type, torch._utils._get_device_module
+    torch._utils._get_available_device_type, torch._utils._get_device_module = (lambda: "cpu"), (lambda _: device)
+    import torchtitan.tools.utils  # noqa: F401  reads both once; the rest of torch keeps its own
+
+    torch._utils._get_available_device_type, torch._utils._get_device_module = original
+    _sum_reduction_on_gloo()
+
+
+def torchtune_on_cpu() -> None:
+    """torchtune 0.6.1's distributed recipes read GPU memory statistics and empty a GPU cache on every device.
+    torchtune is no longer developed: goes when it is replaced."""
+    import torch
+
+    if torch.accelerator.is_available():
+        return
+    from torchtune import training
+    from torchtune.training import memory
+
+    training.get_memory_stats = memory.get_memory_stats = lambda *_, **__: {}
+    training.log_memory_stats = memory.log_memory_stats = lambda *_, **__: None
+    torch.cpu.empty_cache = lambda: None
+    _sum_reduction_on_gloo()
+
+
+def _sum_reduction_on_gloo() -> None:
+    """FSDP2 of torch 2.13 averages gradients with ReduceOp.PREMUL_SUM, which gloo refuses ("Cannot use
+    ReduceOp.PREMUL_SUM with Gloo"). Goes when FSDP picks the operation by backend."""
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+
+    upstream = FSDPParamGroup.__init__
+
+    def __init__(self, *arguments, **keywords):
+        upstream(self, *arguments, **keywords)
+        self.force_sum_reduction_for_comms = True
+
+    FSDPParamGroup.__init__ = __init__
+
+
+def lm_eval_without_bundled_tasks(config) -> None:
+    """lm-eval 0.4.13 indexes its 13,986 bundled task files at every start, 7 s, and its command line cannot be told
+    not to. Only where the config names local tasks alone: their files lie beside it under tasks/."""
+    import functools
+
+    import lm_eval.tasks
+    import yaml
+
+    names = yaml.safe_load(config.read_text(encoding="utf-8")).get("tasks") or []
+    local = {path.stem for path in (config.parent / "tasks").glob("*.yaml")}
+    if set(names) <= local:
+        lm_eval.tasks.TaskManager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)

@@ -1,0 +1,17 @@
+"""Exit codes of every command and job, and the one exception that carries a user's mistake."""
+
+from __future__ import annotations
+
+from typing import Iterable
+
+DONE = 0
+WRONG_INPUT = 64  # EX_USAGE of sysexits.h: said before work starts; never retried
+SAVED = 75  # EX_TEMPFAIL of sysexits.h: state is saved, run the same command again
+
+
+class InputError(Exception):
+    """What the user must mend before anything can run: every problem at once, each with its mend."""
+
+    def __init__(self, problems: str | Iterable[str]):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))

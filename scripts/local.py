@@ -1,0 +1,88 @@
+"""CLUSTER=local: this machine. A cluster module has problems(), command_line(), submit() and stop().
+
+Standard library only, Python 3.9 or newer.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from scripts import report, rundir
+from scripts.errors import DONE
+
+
+def problems(submission) -> list[str]:
+    """What on this machine keeps a stage from running; none that the stage itself would not say."""
+    if not (rundir.ROOT / ".venv/bin/python").exists() and not os.environ.get("DRY_RUN"):
+        return [".venv: missing; make setup"]
+    return []
+
+
+def command(submission) -> tuple[dict[str, str], list[str]]:
+    """Environment (torchrun's own PET_* names) and command line of the in-job script."""
+    env = {"PET_NNODES": str(submission.nodes), "PET_NPROC_PER_NODE": str(submission.gpus)}
+    directory = submission.directory
+    shown = os.path.relpath(directory, rundir.ROOT) if rundir.ROOT in directory.resolve().parents else str(directory)
+    return env, [".venv/bin/python", "-m", f"scripts.{submission.stage}", shown]
+
+
+def command_line(submission) -> str:
+    """The same as one line that works pasted into a shell, in the repository."""
+    env, words = command(submission)
+    return " ".join([*(f"{key}={value}" for key, value in env.items()), shlex.join(words)])
+
+
+def submit(submission) -> int:
+    """Run the stage in the foreground; deploy in the background until it serves. Returns its exit code."""
+    env, words = command(submission)
+    environment = {**os.environ, **env}
+    for name in ("ARGS", "MAKEFLAGS", "MAKELEVEL", "MFLAGS"):
+        environment.pop(name, None)  # make's own; a make inside a stage would take them for its own
+    if submission.stage == "deploy":
+        return _serve(submission, words, environment)
+    child = subprocess.Popen(words, cwd=rundir.ROOT, env=environment)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: child.send_signal(signal.SIGTERM))  # Ctrl-C reaches the stage once, here
+    code = child.wait()
+    if code == DONE:
+        print(f"{submission.stage}: {report.one_line(submission.directory)}", flush=True)
+    return code
+
+
+def _serve(submission, words: list[str], environment: dict[str, str]) -> int:
+    """Start the service in a session of its own and wait until it is ready."""
+    address = submission.directory / "server.json"
+    child = subprocess.Popen(words, cwd=rundir.ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.PIPE, text=True, start_new_session=True)
+    began, terminal = time.time(), sys.stdout.isatty()
+    try:
+        while child.poll() is None and not address.exists():
+            time.sleep(0.2)
+            if terminal:
+                print(f"\r  deploy: loading, {time.time() - began:.0f} s", end="", flush=True)
+    except KeyboardInterrupt:
+        child.terminate()
+        child.wait()
+        return 130
+    if terminal:
+        print()
+    if not address.exists():
+        print(child.stderr.read().strip(), file=sys.stderr)
+        return child.wait()
+    print(f"deploy: {report.one_line(submission.directory)}", flush=True)
+    return DONE
+
+
+def stop(directory: Path) -> None:
+    """Ask the running stage to save and leave, and wait until its process is gone."""
+    attempt = rundir.running(directory)
+    if attempt:
+        os.kill(attempt["pid"], signal.SIGTERM)
+        while rundir.process_start(attempt["pid"]) == attempt["process_start"]:
+            time.sleep(0.1)

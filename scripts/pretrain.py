@@ -1,0 +1,50 @@
+"""Pretrain from random weights, or from FROM, with torchtitan: text.jsonl + tokenizer → model/.
+
+    python -m scripts.pretrain runs/<run>/pretrain
+"""
+
+import shutil
+from pathlib import Path
+
+from scripts import rundir
+from scripts.errors import InputError
+from scripts.modeldir import hand_over, tokenizer_problems
+from scripts.stage import Stage, run
+
+
+def main(stage: Stage) -> dict:
+    """Around the ranks: only whole checkpoints before, the Hugging Face directory after."""
+    from scripts.titan import keep_whole_checkpoints
+
+    keep_whole_checkpoints(stage.directory / "checkpoints")
+    assets = stage.path("FROM") if "FROM" in stage.facts else compose_assets(stage)
+    export = stage.scratch("export")
+    stage.ranks({"RELAY_ASSETS": str(assets)})
+    model = hand_over(export, assets, stage.directory / "model")
+    return {
+        "inputs": {"data": rundir.describe(stage.path("DATA")), "assets": rundir.describe(assets)},
+        "outputs": {"model": model},
+        "summary": stage.progress,
+    }
+
+
+def compose_assets(stage: Stage) -> Path:
+    """The directory a model is born from: the frozen architecture and the data's tokenizer."""
+    assets = stage.scratch("assets")
+    shutil.copytree(stage.path("DATA") / "tokenizer", assets)
+    shutil.copyfile(stage.directory / "architecture.json", assets / "config.json")
+    found = tokenizer_problems(assets)
+    if found:
+        raise InputError(found)
+    return assets
+
+
+def rank(stage: Stage) -> None:
+    """One rank: torchtitan's own configuration and trainer."""
+    from scripts.titan import train
+
+    train(stage)
+
+
+if __name__ == "__main__":
+    run(main, rank)

@@ -1,0 +1,165 @@
+"""What a run has to say: its table, logs, lineage, and whether its scores let a model be served.
+
+Standard library only; reads run directories, nothing else.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from scripts import rundir
+from scripts.errors import DONE, InputError
+from scripts.rundir import STAGES, TRAINED, read_json, record, stage_dir
+
+SAMPLE_QUESTION = "What does os.path.join do?"
+
+
+def result(directory: Path) -> str:
+    """A stage's outcome in a few words."""
+    summary = (record(directory) or {}).get("summary", {})
+    if directory.name == "data" and summary:
+        return f"{sum(summary['rows'].values()):,} rows from {summary['source']}"
+    if directory.name == "evaluate" and summary:
+        return ", ".join(f"{name} {value:.3f}" for name, value in summary["scores"].items())
+    if directory.name == "deploy":
+        server = read_json(directory / "server.json")
+        return f"http://{server['bind']}:{server['port']}/v1" if server and rundir.running(directory) else ""
+    return f"loss {summary['loss']:.3f}" if "loss" in summary else ""
+
+
+def speed(directory: Path) -> str:
+    """Tokens per second of a training stage, "" for any other."""
+    value = ((record(directory) or {}).get("summary") or {}).get("tokens_per_second")
+    return f"{value:,.0f}" if value else ""
+
+
+def seconds(directory: Path) -> str:
+    """How long the stage took, over all its attempts; until it served, for deploy."""
+    if directory.name == "deploy":
+        server = read_json(directory / "server.json")
+        return f"{server['ready_seconds']:.0f}" if server else ""
+    history = rundir.attempts(directory) if directory.exists() else []
+    total = sum(a["ended"] - a["started"] for a in history if "ended" in a)
+    return f"{total:.0f}" if total else ""
+
+
+def one_line(directory: Path) -> str:
+    """What stands behind a finished stage's name on the terminal."""
+    parts = [f"{seconds(directory)} s", f"{speed(directory)} tokens/s" if speed(directory) else "", result(directory)]
+    return ", ".join(p for p in parts if p)
+
+
+def table(run: str) -> str:
+    """One line a stage: status, time, tokens/s, loss or score or address."""
+    if not (rundir.runs_root() / run).is_dir():
+        known = sorted(p.name for p in rundir.runs_root().glob("*") if p.is_dir())
+        raise InputError(f"RUN={run}: no such run under {rundir.runs_root()}; there are: {', '.join(known) or 'none'}")
+    rows = [("stage", "status", "seconds", "tokens/s", "result")]
+    for stage in STAGES:
+        directory = stage_dir(run, stage)
+        state = rundir.status(directory)
+        if stage == "deploy" and state == "running":
+            state = "serving" if read_json(directory / "server.json") else "loading"
+        rows.append((stage, state, seconds(directory), speed(directory), result(directory)))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = ["  ".join(cell.rjust(w) if i in (2, 3) else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+             + f"  {row[4]}" for row in rows]
+    return f"run {run}\n" + "\n".join(line.rstrip() for line in lines)
+
+
+def sample(run: str) -> int:
+    """Ask the served model the sample question and print its answer. Returns an exit code."""
+    from scripts import chat
+
+    question = SAMPLE_QUESTION
+    choices = read_json(stage_dir(run, "data") / "sample.json")
+    if choices:
+        question = choices["question"]
+    print(f"\nasked    {question}\nanswered ", end="")
+    return chat.ask(chat.Server(stage_dir(run, "deploy")), [{"role": "user", "content": question}])[0]
+
+
+def logs(run: str, stage: str) -> int:
+    """Print the end of the newest log of a stage, or of the stage that was active last."""
+    candidates = [p for s in STAGES if stage in ("", s) for p in stage_dir(run, s).glob("logs/attempt-*.log")]
+    if not candidates:
+        raise InputError(f"run {run}{' stage ' + stage if stage else ''}: no logs yet; make status RUN={run}")
+    newest = max(candidates, key=lambda p: p.stat().st_mtime)
+    print(f"== {newest}")
+    print("\n".join(newest.read_text(encoding="utf-8", errors="replace").splitlines()[-60:]))
+    return DONE
+
+
+# --- the gate --------------------------------------------------------------------------------------------------
+
+
+def judge(scores: dict[str, float], floors: dict[str, dict]) -> list[dict]:
+    """Each floor with its score and whether it passes. `floors` is {"task/metric": {"min" or "max": value}};
+    a metric that was not measured fails: a renamed task must not open the gate."""
+    rows = []
+    for name, bound in floors.items():
+        value = scores.get(name)
+        passed = value is not None and value >= bound.get("min", value) and value <= bound.get("max", value)
+        rows.append({"metric": name, "value": value, **bound, "passed": passed})
+    return rows
+
+
+def gate_problems(evaluation: Path, model: Path) -> list[str]:
+    """Why this model may not be served: no verdict, one for other weights, or a score beyond its bound."""
+    again = f"make evaluate RUN={evaluation.parent.name}, or FORCE=1 to serve it all the same (it is recorded)"
+    verdict = read_json(evaluation / "verdict.json")
+    if verdict is None or not record(evaluation):
+        return [f"deploy: no verdict for this model: {evaluation}/verdict.json is missing; {again}"]
+    digest = rundir.describe(model)["digest"]
+    if verdict["model"]["digest"] != digest:
+        return [f"deploy: the verdict in {evaluation} is for {verdict['model']['path']} ({verdict['model']['digest'][:19]}…), "
+                f"not for {model} ({digest[:19]}…); {again}"]
+    found = []
+    for row in verdict["floors"]:
+        if not row["passed"]:
+            bound = f"at least {row['min']}" if "min" in row else f"at most {row['max']}"
+            value = "was not measured" if row["value"] is None else f"is {row['value']:.4f}"
+            found.append(f"deploy: {row['metric']} {value}, {bound} is needed; train better, or {again}")
+    return found
+
+
+# --- lineage ---------------------------------------------------------------------------------------------------
+
+
+def lineage(run: str) -> int:
+    """Walk from the newest model of a run back to its corpus; every input's digest must be the output's that it names."""
+    stage = next((s for s in ("deploy", "evaluate", *reversed(TRAINED)) if _inputs(stage_dir(run, s))), None)
+    if stage is None:
+        raise InputError(f"run {run}: nothing to trace yet; make status RUN={run}")
+    problems = _walk(stage_dir(run, stage), 0, set())
+    for problem in problems:
+        print(f"error: {problem}")
+    return 1 if problems else DONE
+
+
+def _inputs(directory: Path) -> dict:
+    if directory.name == "deploy":
+        server = read_json(directory / "server.json")
+        return {"model": server["model"]} if server else {}
+    return (record(directory) or {}).get("inputs", {})
+
+
+def _walk(directory: Path, depth: int, seen: set) -> list[str]:
+    problems = []
+    content = record(directory) or {}
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(content["ended"])) if content else "now"
+    print(f"{'  ' * depth}{directory.parent.name}/{directory.name}  {when}  {content.get('git_commit', '')[:12]}")
+    seen.add(directory)
+    for name, item in sorted(_inputs(directory).items()):
+        path, digest = Path(item["path"]), item["digest"]
+        print(f"{'  ' * depth}  {name} {digest[:23]}…  {path}")
+        maker = record(path.parent)
+        output = (maker or {}).get("outputs", {}).get(path.name)
+        if output and output["digest"] != digest:
+            problems.append(f"{path} has been made anew since: {directory} used {digest[:23]}…, it now is {output['digest'][:23]}…")
+        if output and path.parent not in seen:
+            problems += _walk(path.parent, depth + 2, seen)
+    if directory.name == "data" and content:
+        print(f"{'  ' * depth}  corpus: {content['summary']['source']}, Python {content['summary']['python']}")
+    return problems

@@ -1,0 +1,164 @@
+"""Corpus → training and held-out sets, split by sentence so that nothing held out is ever trained on.
+
+What a corpus lacks is derived from what it has: conversations from neighbouring sentences of its documents,
+documents from its conversations, preferences from right answers against other answers.
+Every choice is made by hash or by a fixed seed: the same corpus gives the same bytes.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from dataclasses import dataclass
+
+from scripts.corpus import Corpus, conversation
+from scripts.errors import InputError
+
+CHOICES = 4  # answers per multiple-choice question: chance is 1 / CHOICES
+KEY_WORDS = 4  # a sentence of fewer words is too common to hold out ("Return self.")
+MIN_HELD_OUT = 20  # questions below which an evaluation says nothing at all
+
+
+@dataclass
+class Splits:
+    """Training and held-out sets; the keys of `sets` are the file names `make data` writes."""
+
+    sets: dict[str, list[dict]]
+    held_out_sentences: list[str]  # normalised; none of them occurs in any training set
+
+
+def normalise(text: str) -> str:
+    """Words alone, lower case, single spaces: two sentences are the same if this is."""
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences of a text in order; a line is one where the text has no sentences (a log)."""
+    found = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        parts = re.split(r"(?<=[.!?])\s+", paragraph.strip())
+        for part in parts:
+            long = len(part.split()) > 60
+            found += [s.strip() for s in (part.splitlines() if long else [" ".join(part.split())]) if s.strip()]
+    return found
+
+
+def split(corpus: Corpus) -> Splits:
+    """Make every set from one corpus. Raises InputError when it is too small to hold anything out."""
+    documents = _unique(corpus.documents, normalise)
+    pairs = _unique([_last_pair(turns) for turns in corpus.conversations], lambda pair: normalise(" ".join(pair)))
+    multi_turn = [turns for turns in corpus.conversations if len(turns) > 2]
+    preferences = list(corpus.preferences)
+    if not documents:
+        documents = [turn_text for turns in corpus.conversations + [p["chosen"] for p in preferences]
+                     for turn_text in ["\n\n".join(t["content"] for t in turns)]]
+    if not pairs:
+        pairs = [_last_pair(p["chosen"]) for p in preferences] or _neighbours(documents)
+
+    # Held-out answers, and whole held-out documents with every sentence in them.
+    answers = sorted({normalise(a): a for _, a in pairs if len(normalise(a).split()) >= KEY_WORDS}.items())
+    held_answers = {key for key, _ in answers if _bucket(key) < max(12, min(50, 60000 // max(1, len(answers))))}
+    held_documents = [d for d in documents if _bucket("document " + normalise(d)) < 3] if len(documents) > 50 else documents[-1:]
+    held = _Phrases(held_answers | {normalise(s) for d in held_documents for s in sentences(d)})
+    kept = set(map(id, held_documents))
+    training_documents = [text for d in documents if id(d) not in kept for text in [held.remove_from(d)] if text]
+
+    train_pairs = [p for p in pairs if not held.any_in(p[0]) and not held.any_in(p[1])]
+    test_pairs = _unique([p for p in pairs if normalise(p[1]) in held_answers], lambda pair: normalise(pair[1]))
+    train_sft = [{"messages": conversation(*p)} for p in train_pairs]
+    train_sft += [{"messages": m} for m in multi_turn if not any(held.any_in(t["content"]) for t in m)]
+    if len(test_pairs) < MIN_HELD_OUT or not training_documents or not train_sft:
+        raise InputError(
+            f"{corpus.name}: too small: {len(documents)} documents and {len(pairs)} questions leave "
+            f"{len(test_pairs)} held-out questions, {MIN_HELD_OUT} are needed; give DATA about 100 kB of text or more"
+        )
+    rng = random.Random(0)
+    train_answers, test_answers = [a for _, a in train_pairs], [a for _, a in test_pairs]
+    if preferences:
+        preferences = [p for p in preferences if not any(held.any_in(t["content"]) for side in p.values() for t in side)]
+    else:
+        preferences = [_preference(q, a, _others(rng, train_answers, a, 1)[0])
+                       for q, a in rng.sample(train_pairs, min(2000, len(train_pairs)))]
+    choices = []
+    rng.shuffle(test_pairs)  # neighbours by name ask alike: the shuffled-question control needs unrelated ones
+    for (question, answer), (other_question, _) in zip(test_pairs, test_pairs[1:] + test_pairs[:1]):
+        options = [answer, *_others(rng, test_answers, answer, CHOICES - 1)]
+        rng.shuffle(options)
+        choices.append({"question": question, "shuffled_question": other_question,
+                        "choices": options, "answer": options.index(answer)})
+    held_preferences = [_preference(q, a, _others(rng, test_answers, a, 1)[0]) for q, a in test_pairs]
+    rng.shuffle(training_documents)
+    return Splits(
+        sets={
+            "text.jsonl": [{"text": d} for d in training_documents],
+            "sft.jsonl": train_sft,
+            "preference.jsonl": preferences,
+            "heldout_text.jsonl": [{"text": d} for d in held_documents],
+            "heldout_choice.jsonl": choices,
+            "heldout_preference.jsonl": held_preferences,
+        },
+        held_out_sentences=sorted(held.phrases),
+    )
+
+
+class _Phrases:
+    """Finds any of many word sequences inside texts, in one pass over each text."""
+
+    def __init__(self, phrases: set[str]):
+        self.phrases = {p for p in phrases if len(p.split()) >= KEY_WORDS}
+        self.by_key: dict[tuple, list[list[str]]] = {}
+        for phrase in self.phrases:
+            words = phrase.split()
+            self.by_key.setdefault(tuple(words[:KEY_WORDS]), []).append(words)
+
+    def any_in(self, text: str) -> bool:
+        words = normalise(text).split()
+        return any(
+            words[i : i + len(phrase)] == phrase
+            for i in range(len(words) - KEY_WORDS + 1)
+            for phrase in self.by_key.get(tuple(words[i : i + KEY_WORDS]), ())
+        )
+
+    def remove_from(self, document: str) -> str:
+        """The document without the paragraphs that hold a phrase; "" if one still spans what is left."""
+        if not self.any_in(document):
+            return document
+        rest = "\n\n".join(p for p in re.split(r"\n\s*\n", document) if not self.any_in(p))
+        return "" if len(rest.split()) < KEY_WORDS or self.any_in(rest) else rest
+
+
+def _unique(items: list, key) -> list:
+    return list({key(item): item for item in reversed(items)}.values())[::-1]
+
+
+def _bucket(key: str) -> int:
+    """0…99, the same on every machine (Python's own hash() is salted per process)."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % 100
+
+
+def _last_pair(turns: list[dict]) -> tuple[str, str]:
+    return turns[-2]["content"], turns[-1]["content"]
+
+
+def _neighbours(documents: list[str]) -> list[tuple[str, str]]:
+    """(what comes after: a sentence?, the next sentence) for every two whole neighbours of a document."""
+    pairs = []
+    for document in documents:
+        found = [s for s in sentences(document) if KEY_WORDS <= len(s.split()) <= 40 and len(s) <= 240]
+        pairs += [(f"What comes after: {a}", b) for a, b in zip(found[::2], found[1::2])]
+    return pairs
+
+
+def _others(rng: random.Random, answers: list[str], answer: str, count: int) -> list[str]:
+    """`count` different answers that are not `answer`."""
+    pool = rng.sample(answers, min(len(answers), 20 * (count + 1)))
+    found = _unique([a for a in pool if normalise(a) != normalise(answer)], normalise)[:count]
+    if len(found) < count:
+        raise InputError("too few different answers to make multiple-choice questions; give DATA more distinct text")
+    return found
+
+
+def _preference(question: str, chosen: str, rejected: str) -> dict:
+    return {"chosen": conversation(question, chosen), "rejected": conversation(question, rejected)}

