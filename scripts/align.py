@@ -1,6 +1,6 @@
 """Direct preference optimisation with torchtune: FROM + preference.jsonl → model/.
 
-    python -m scripts.align runs/<run>/align
+python -m scripts.align runs/<run>/align
 """
 
 from scripts import tune

@@ -27,8 +27,11 @@ def read_architecture(config_json: Path) -> dict[str, Any]:
     try:
         heads = config["num_attention_heads"]
         # transformers 5 writes rope_parameters; transformers 4 wrote rope_theta and rope_scaling.
-        rope = {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {}),
-                **(config.get("rope_parameters") or {})}
+        rope = {
+            "rope_theta": config.get("rope_theta", 10000.0),
+            **(config.get("rope_scaling") or {}),
+            **(config.get("rope_parameters") or {}),
+        }
         sizes = {
             "vocab": config["vocab_size"],
             "dim": config["hidden_size"],

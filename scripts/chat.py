@@ -1,6 +1,6 @@
 """Talk to a served model in the terminal: streams the answer. PROMPT= asks once and leaves.
 
-    python3 -m scripts.chat         RUN= names the run; standard library only
+python3 -m scripts.chat         RUN= names the run; standard library only
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@ torchtune 0.6.1 knows a prompt format per model family; this renders the templat
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -70,16 +71,20 @@ class ChatTokenizer:
             before = self.render(turns[:position], add_generation_prompt=True)
             after = self.render(turns[: position + 1])
             if not before.startswith(done) or not after.startswith(before):
-                raise InputError("the chat template does not render a conversation as a prefix of its continuation; "
-                                 "simplify it: training on such a template would teach other text than serving sends")
+                raise InputError(
+                    "the chat template does not render a conversation as a prefix of its continuation; "
+                    "simplify it: training on such a template would teach other text than serving sends"
+                )
             for text, masked in ((before[len(done) :], True), (after[len(before) :], False)):
                 piece = self.encode(text)
                 ids += piece
                 mask += [masked] * len(piece)
             done = after
         if len(ids) > self.max_seq_len:
-            raise InputError(f"a conversation of {len(ids)} tokens is longer than {self.max_seq_len}; shorten or remove the one "
-                             f"that begins {turns[0]['content'][:60]!r}, or raise tokenizer.max_seq_len")
+            raise InputError(
+                f"a conversation of {len(ids)} tokens is longer than {self.max_seq_len}; shorten or remove the one "
+                f"that begins {turns[0]['content'][:60]!r}, or raise tokenizer.max_seq_len"
+            )
         return ids, mask
 
     def __call__(self, sample: Mapping[str, Any], inference: bool = False) -> Mapping[str, Any]:

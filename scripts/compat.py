@@ -6,6 +6,7 @@ All are no-ops where there is a GPU. Call the one for a tool before importing th
 from __future__ import annotations
 
 import types
+from pathlib import Path
 
 
 def torchtitan_on_cpu() -> None:
@@ -61,15 +62,12 @@ def _sum_reduction_on_gloo() -> None:
     FSDPParamGroup.__init__ = __init__
 
 
-def lm_eval_without_bundled_tasks(config) -> None:
+def lm_eval_without_bundled_tasks(names: list[str] | None, local: Path) -> None:
     """lm-eval 0.4.13 indexes its 13,986 bundled task files at every start, 7 s, and its command line cannot be told
-    not to. Only where the config names local tasks alone: their files lie beside it under tasks/."""
+    not to. Only where every task in `names` lies in the folder `local`."""
     import functools
 
     import lm_eval.tasks
-    import yaml
 
-    names = yaml.safe_load(config.read_text(encoding="utf-8")).get("tasks") or []
-    local = {path.stem for path in (config.parent / "tasks").glob("*.yaml")}
-    if set(names) <= local:
+    if set(names or ["bundled"]) <= {path.stem for path in local.glob("*.yaml")}:
         lm_eval.tasks.TaskManager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)

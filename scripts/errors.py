@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Iterable
+from collections.abc import Iterable
 
 DONE = 0
 WRONG_INPUT = 64  # EX_USAGE of sysexits.h: said before work starts; never retried

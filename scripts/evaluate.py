@@ -1,12 +1,14 @@
 """Evaluate a model with lm-eval and judge it: FROM + held-out sets → results.json, verdict.json.
 
-    python -m scripts.evaluate runs/<run>/evaluate
+python -m scripts.evaluate runs/<run>/evaluate
 """
 
+import json
 import os
 import sys
 
 from scripts import modeldir, report, rundir
+from scripts.configcheck import against_dataclass
 from scripts.errors import InputError
 from scripts.stage import Stage, run
 
@@ -20,37 +22,34 @@ def main(stage: Stage) -> dict:
     results = stage.scratch("results")
     # The tasks name their files relative to the data directory, so one task serves every run.
     stage.ranks({"HF_DATASETS_CACHE": str(stage.scratch("cache")), "RELAY_RESULTS": str(results)}, cwd=data)
-    measured = rundir.read_json(next(results.rglob("results_*.json")))["results"]
-    scores = {
-        f"{task}/{metric.split(',')[0]}": value
-        for task, metrics in measured.items() for metric, value in metrics.items()
-        if isinstance(value, float) and "_stderr" not in metric
-    }
+    verdict = report.judge(next(results.rglob("results_*.json")), stage.directory / "floors.json")
     model = rundir.describe(source)
-    floors = report.judge(scores, rundir.read_json(stage.directory / "floors.json"))
-    verdict = {"model": model, "passed": all(row["passed"] for row in floors), "floors": floors, "scores": scores}
-    rundir.write_atomic(stage.directory / "verdict.json", rundir.dump_json(verdict))
+    content = {"model": model, "arguments": stage.arguments, **verdict}
+    rundir.write_atomic(stage.directory / "verdict.json", rundir.dump_json(content))
     stage.scratch("cache")
-    shown = {row["metric"]: row["value"] for row in floors if row["value"] is not None}
     return {
         "inputs": {"model": model, "data": rundir.describe(data)},
-        "outputs": {"verdict": {"passed": verdict["passed"], "scores": scores}},
-        "summary": {"scores": shown},
+        "outputs": {"verdict": verdict},
+        "summary": {"scores": {row["metric"]: row["value"] for row in verdict["floors"] if row["value"] is not None}},
     }
 
 
 def rank(stage: Stage) -> None:
-    """lm-eval's own command line."""
+    """lm-eval's own command line; its config checked first."""
     from scripts import compat
 
-    compat.lm_eval_without_bundled_tasks(stage.config)
+    config = stage.read_yaml()
+    compat.lm_eval_without_bundled_tasks(config.get("tasks"), stage.directory / "tasks")
     from lm_eval.__main__ import cli_evaluate
+    from lm_eval.config.evaluate_config import EvaluatorConfig
 
-    sys.argv = [
-        "lm_eval", "run", "--config", str(stage.config), "--include_path", str(stage.directory / "tasks"),
-        "--output_path", os.environ["RELAY_RESULTS"], "--log_samples",
-        *stage.arguments, "--model_args", f"pretrained={stage.path('FROM')}",
-    ]
+    found = against_dataclass(EvaluatorConfig, config)
+    if found:
+        raise InputError([f"{stage.config}: {problem}" for problem in found])
+    # Given on the command line, model_args replace the config's; so these carry both.
+    model = json.dumps({**config.get("model_args", {}), "pretrained": str(stage.path("FROM"))})
+    sys.argv = ["lm_eval", "run", "--config", str(stage.config), "--include_path", str(stage.directory / "tasks")]
+    sys.argv += ["--output_path", os.environ["RELAY_RESULTS"], "--log_samples", "--model_args", model, *stage.arguments]
     cli_evaluate()
 
 

@@ -1,6 +1,6 @@
 """Supervised finetuning (full or LoRA, as the config says) with torchtune: FROM + sft.jsonl → model/.
 
-    python -m scripts.finetune runs/<run>/finetune
+python -m scripts.finetune runs/<run>/finetune
 """
 
 from scripts import tune

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from scripts import report, rundir
 from scripts.errors import DONE
+from scripts.stage import die_with_parent
 
 
 def problems(submission) -> list[str]:
@@ -27,9 +28,7 @@ def problems(submission) -> list[str]:
 def command(submission) -> tuple[dict[str, str], list[str]]:
     """Environment (torchrun's own PET_* names) and command line of the in-job script."""
     env = {"PET_NNODES": str(submission.nodes), "PET_NPROC_PER_NODE": str(submission.gpus)}
-    directory = submission.directory
-    shown = os.path.relpath(directory, rundir.ROOT) if rundir.ROOT in directory.resolve().parents else str(directory)
-    return env, [".venv/bin/python", "-m", f"scripts.{submission.stage}", shown]
+    return env, [".venv/bin/python", "-m", f"scripts.{submission.stage}", rundir.relative(submission.directory)]
 
 
 def command_line(submission) -> str:
@@ -46,7 +45,7 @@ def submit(submission) -> int:
         environment.pop(name, None)  # make's own; a make inside a stage would take them for its own
     if submission.stage == "deploy":
         return _serve(submission, words, environment)
-    child = subprocess.Popen(words, cwd=rundir.ROOT, env=environment)
+    child = subprocess.Popen(words, cwd=rundir.ROOT, env=environment, preexec_fn=lambda: die_with_parent(signal.SIGTERM))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: child.send_signal(signal.SIGTERM))  # Ctrl-C reaches the stage once, here
     code = child.wait()
@@ -58,8 +57,16 @@ def submit(submission) -> int:
 def _serve(submission, words: list[str], environment: dict[str, str]) -> int:
     """Start the service in a session of its own and wait until it is ready."""
     address = submission.directory / "server.json"
-    child = subprocess.Popen(words, cwd=rundir.ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                             stderr=subprocess.PIPE, text=True, start_new_session=True)
+    child = subprocess.Popen(
+        words,
+        cwd=rundir.ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     began, terminal = time.time(), sys.stdout.isatty()
     try:
         while child.poll() is None and not address.exists():

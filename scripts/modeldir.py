@@ -12,7 +12,7 @@ import struct
 from pathlib import Path
 
 from scripts.errors import InputError
-from scripts.rundir import digest_tree, dump_json, read_json, write_atomic
+from scripts.rundir import digest_tree, dump_json, read_json, relative, write_atomic
 
 ARCHITECTURES = ("LlamaForCausalLM",)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -80,8 +80,10 @@ def _weight_problems(directory: Path) -> list[str]:
     if not files:
         pickles = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         if pickles:
-            return [f"{directory}: weights only as pickle ({pickles[0]}), which can run code when loaded; "
-                    "convert them to safetensors: save_pretrained(…, safe_serialization=True) where you trust them"]
+            return [
+                f"{directory}: weights only as pickle ({pickles[0]}), which can run code when loaded; "
+                "convert them to safetensors: save_pretrained(…, safe_serialization=True) where you trust them"
+            ]
         return [f"{directory}: no *.safetensors; FROM must be a whole Hugging Face directory"]
     found, tensors = [], set()
     for name in files:
@@ -108,11 +110,15 @@ def tokenizer_problems(directory: Path) -> list[str]:
     ids = list(tokenizer["model"]["vocab"].values()) + [t["id"] for t in tokenizer.get("added_tokens", [])]
     size = (read_json(directory / "config.json") or {}).get("vocab_size", 0)
     if max(ids) >= size:
-        found.append(f"{directory}: the tokenizer has {max(ids) + 1} entries, the model's vocab_size is {size}; "
-                     "use the tokenizer this model was made with")
+        found.append(
+            f"{directory}: the tokenizer has {max(ids) + 1} entries, the model's vocab_size is {size}; "
+            "use the tokenizer this model was made with"
+        )
     if not chat_template(directory):
-        found.append(f"{directory}: no chat template in tokenizer_config.json or chat_template.jinja; add one: "
-                     "finetune, align and chat need it")
+        found.append(
+            f"{directory}: no chat template in tokenizer_config.json or chat_template.jinja; add one: "
+            "finetune, align and chat need it"
+        )
     return found
 
 
@@ -174,7 +180,7 @@ def hand_over(weights: Path, assets: Path, model: Path) -> dict:
     found = problems(weights)
     if found:
         raise InputError(found)
-    result = {"path": str(model), "digest": digest_tree(weights), "parameters": parameter_count(weights)}
+    result = {"path": relative(model), "digest": digest_tree(weights), "parameters": parameter_count(weights)}
     for path in weights.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())  # a power cut after the rename must not leave empty files

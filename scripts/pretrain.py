@@ -1,6 +1,6 @@
 """Pretrain from random weights, or from FROM, with torchtitan: text.jsonl + tokenizer → model/.
 
-    python -m scripts.pretrain runs/<run>/pretrain
+python -m scripts.pretrain runs/<run>/pretrain
 """
 
 import shutil

@@ -12,8 +12,6 @@ from scripts import rundir
 from scripts.errors import DONE, InputError
 from scripts.rundir import STAGES, TRAINED, read_json, record, stage_dir
 
-SAMPLE_QUESTION = "What does os.path.join do?"
-
 
 def result(directory: Path) -> str:
     """A stage's outcome in a few words."""
@@ -63,19 +61,19 @@ def table(run: str) -> str:
             state = "serving" if read_json(directory / "server.json") else "loading"
         rows.append((stage, state, seconds(directory), speed(directory), result(directory)))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = ["  ".join(cell.rjust(w) if i in (2, 3) else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths)))
-             + f"  {row[4]}" for row in rows]
+    lines = [
+        "  ".join(cell.rjust(w) if i in (2, 3) else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))) + f"  {row[4]}"
+        for row in rows
+    ]
     return f"run {run}\n" + "\n".join(line.rstrip() for line in lines)
 
 
 def sample(run: str) -> int:
-    """Ask the served model the sample question and print its answer. Returns an exit code."""
+    """Ask the served model the sample question of its data and print its answer. Returns an exit code."""
     from scripts import chat
 
-    question = SAMPLE_QUESTION
-    choices = read_json(stage_dir(run, "data") / "sample.json")
-    if choices:
-        question = choices["question"]
+    facts = rundir.read_env(stage_dir(run, "evaluate") / "stage.env")
+    question = read_json(rundir.ROOT / facts["DATA"] / "data.json")["sample"]
     print(f"\nasked    {question}\nanswered ", end="")
     return chat.ask(chat.Server(stage_dir(run, "deploy")), [{"role": "user", "content": question}])[0]
 
@@ -94,33 +92,49 @@ def logs(run: str, stage: str) -> int:
 # --- the gate --------------------------------------------------------------------------------------------------
 
 
-def judge(scores: dict[str, float], floors: dict[str, dict]) -> list[dict]:
-    """Each floor with its score and whether it passes. `floors` is {"task/metric": {"min" or "max": value}};
-    a metric that was not measured fails: a renamed task must not open the gate."""
-    rows = []
-    for name, bound in floors.items():
+def read_scores(results: Path) -> dict[str, float]:
+    """{"task/metric": value} of an lm-eval results file, standard errors left out."""
+    return {
+        f"{task}/{metric.split(',')[0]}": value
+        for task, metrics in read_json(results)["results"].items()
+        for metric, value in metrics.items()
+        if isinstance(value, float) and "_stderr" not in metric
+    }
+
+
+def judge(results: Path, floors: Path) -> dict:
+    """Hold an lm-eval results file against floors ({"task/metric": {"min" or "max": value}}).
+
+    Returns {"passed", "floors": each bound with its value, "scores"}. A metric that was not measured fails: a
+    renamed task must not open the gate.
+    """
+    scores, rows = read_scores(results), []
+    for name, bound in read_json(floors).items():
         value = scores.get(name)
         passed = value is not None and value >= bound.get("min", value) and value <= bound.get("max", value)
         rows.append({"metric": name, "value": value, **bound, "passed": passed})
-    return rows
+    return {"passed": all(row["passed"] for row in rows), "floors": rows, "scores": scores}
 
 
 def gate_problems(evaluation: Path, model: Path) -> list[str]:
     """Why this model may not be served: no verdict, one for other weights, or a score beyond its bound."""
-    again = f"make evaluate RUN={evaluation.parent.name}, or FORCE=1 to serve it all the same (it is recorded)"
+    run = evaluation.parent.name
+    force = "or FORCE=1 to serve it all the same (it is recorded)"
     verdict = read_json(evaluation / "verdict.json")
     if verdict is None or not record(evaluation):
-        return [f"deploy: no verdict for this model: {evaluation}/verdict.json is missing; {again}"]
+        return [f"deploy: no verdict for this model: {evaluation}/verdict.json is missing; make evaluate RUN={run}, {force}"]
     digest = rundir.describe(model)["digest"]
     if verdict["model"]["digest"] != digest:
-        return [f"deploy: the verdict in {evaluation} is for {verdict['model']['path']} ({verdict['model']['digest'][:19]}…), "
-                f"not for {model} ({digest[:19]}…); {again}"]
+        return [
+            f"deploy: the verdict is for {verdict['model']['path']} ({verdict['model']['digest'][:19]}…), not for "
+            f"{rundir.relative(model)} ({digest[:19]}…); make clean RUN={run} STAGE=evaluate, make evaluate RUN={run}, {force}"
+        ]
     found = []
     for row in verdict["floors"]:
         if not row["passed"]:
             bound = f"at least {row['min']}" if "min" in row else f"at most {row['max']}"
             value = "was not measured" if row["value"] is None else f"is {row['value']:.4f}"
-            found.append(f"deploy: {row['metric']} {value}, {bound} is needed; train better, or {again}")
+            found.append(f"deploy: {row['metric']} {value}, {bound} is needed (floors.json); train better, {force}")
     return found
 
 
@@ -154,12 +168,12 @@ def _walk(directory: Path, depth: int, seen: set) -> list[str]:
     for name, item in sorted(_inputs(directory).items()):
         path, digest = Path(item["path"]), item["digest"]
         print(f"{'  ' * depth}  {name} {digest[:23]}…  {path}")
-        maker = record(path.parent)
-        output = (maker or {}).get("outputs", {}).get(path.name)
+        maker = (rundir.ROOT / path).parent
+        output = (record(maker) or {}).get("outputs", {}).get(path.name)
         if output and output["digest"] != digest:
             problems.append(f"{path} has been made anew since: {directory} used {digest[:23]}…, it now is {output['digest'][:23]}…")
-        if output and path.parent not in seen:
-            problems += _walk(path.parent, depth + 2, seen)
+        if output and maker not in seen:
+            problems += _walk(maker, depth + 2, seen)
     if directory.name == "data" and content:
-        print(f"{'  ' * depth}  corpus: {content['summary']['source']}, Python {content['summary']['python']}")
+        print(f"{'  ' * depth}  corpus {content['summary']['corpus'][:23]}…  {content['summary']['source']}")
     return problems

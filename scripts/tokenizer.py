@@ -7,10 +7,12 @@ it from the model directory, so training, evaluation and serving cannot disagree
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Iterable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from scripts.errors import InputError
 
 BOS, EOS, END_OF_TURN = "<|begin|>", "<|end_of_text|>", "<|end_of_turn|>"
 SPECIAL_TOKENS = [BOS, EOS, END_OF_TURN, "<|system|>", "<|user|>", "<|assistant|>"]
@@ -39,9 +41,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, context: int, directo
     )
     tokenizer.train_from_iterator(texts, trainer)
     # BOS through the post-processor: torchtitan, transformers and vLLM then all add it to plain text, once.
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))])
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
     names = {"bos_token": BOS, "eos_token": EOS, "pad_token": EOS}
@@ -69,3 +69,26 @@ def template_from(source: str):
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(source)
+
+
+def tokenize(sets: dict[str, list[dict]], sizes: dict, directory: Path) -> dict:
+    """Train the tokenizer of a model with `sizes` (scripts/architecture.py) on the training sets, into `directory`.
+
+    Returns {"tokens": of the pretraining text, "vocabulary"}. Raises InputError naming conversations that are
+    longer than the model's context.
+    """
+    documents = [row["text"] for row in sets["text.jsonl"]]
+    turns = [turn["content"] for row in sets["sft.jsonl"] for turn in row["messages"]]
+    tokenizer = train_tokenizer(documents + turns, sizes["vocab"], sizes["context"], directory)
+    chats = [row["messages"] for row in sets["sft.jsonl"]]
+    chats += [row[side] for row in sets["preference.jsonl"] for side in ("chosen", "rejected")]
+    lengths = [len(e.ids) for e in tokenizer.encode_batch([render(chat) for chat in chats], add_special_tokens=False)]
+    long = [(length, chat) for length, chat in zip(lengths, chats) if length > sizes["context"]]
+    if long:
+        raise InputError(
+            f"a conversation of {length} tokens is longer than the model's context of {sizes['context']}; shorten or remove "
+            f"the one that begins {chat[0]['content'][:60]!r}"
+            for length, chat in long[:20]
+        )
+    tokens = sum(len(e.ids) + 1 for e in tokenizer.encode_batch(documents))  # + 1: the end of each document
+    return {"tokens": tokens, "vocabulary": tokenizer.get_vocab_size()}

@@ -3,15 +3,15 @@ recipe run. Finetune and align differ in their config and in the set they train 
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import inspect
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from scripts import rundir
+from scripts.configcheck import against_signature, unknown, wrong_type
 from scripts.errors import InputError
 from scripts.modeldir import hand_over, problems, weight_files
 from scripts.stage import Stage
@@ -103,20 +103,25 @@ def find_recipe(name: str, world: int) -> type:
     spec = importlib.util.spec_from_file_location(f"torchtune_{found[0]}", folder / f"{found[0]}.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return next(c for _, c in inspect.getmembers(module, inspect.isclass)
-                if FTRecipeInterface in c.__mro__ and c.__module__ == module.__name__)
+    return next(
+        c
+        for _, c in inspect.getmembers(module, inspect.isclass)
+        if FTRecipeInterface in c.__mro__ and c.__module__ == module.__name__
+    )
 
 
 def check(stage: Stage, cfg, recipe_class: type) -> None:
     """Unknown keys, wrong types and missing components, all at once: torchtune ignores a misspelt key."""
     found = [f"{stage.config}: {problem}" for problem in _wrong(cfg, recipe_class)]
-    rows = sum(1 for line in open(cfg.dataset.data_files, encoding="utf-8") if line.strip()) if not found else 0
-    batch = cfg.batch_size * stage.nodes * stage.processes if not found else 0
-    if rows < batch:
-        found.append(f"{cfg.dataset.data_files}: {rows} rows are less than one batch of {batch} "
-                     "(batch_size × processes); give more DATA, or a smaller batch_size")
     if found:
         raise InputError(found)
+    rows = Path(cfg.dataset.data_files).read_text(encoding="utf-8").count("\n")
+    batch = cfg.batch_size * stage.nodes * stage.processes
+    if rows < batch:
+        raise InputError(
+            f"{cfg.dataset.data_files}: {rows} rows are less than one batch of {batch} "
+            "(batch_size × processes); give more DATA, or a smaller batch_size"
+        )
 
 
 def _wrong(cfg, recipe_class: type) -> list[str]:
@@ -128,52 +133,27 @@ def _wrong(cfg, recipe_class: type) -> list[str]:
     found = []
     for key, value in cfg.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"the recipe reads {', '.join(sorted(known))}"
-            found.append(f"unknown key {key}; {hint}")
+            found.append(unknown(key, known))
         elif hasattr(value, "items") and "_component_" in value:
             try:
                 component = _get_component_from_path(value["_component_"])
             except Exception as error:
                 found.append(f"{key}._component_: {error}")
                 continue
-            found += [f"{key}.{problem}" for problem in _wrong_arguments(component, value)]
-        elif key in NUMBERS and not isinstance(value, NUMBERS[key]):
-            found.append(f"{key}: {value!r} is not {NUMBERS[key][0].__name__}")
+            arguments = {name: item for name, item in value.items() if name != "_component_"}
+            found += against_signature(component, arguments, f"{key}.")
+        elif key in TYPES and (problem := wrong_type(value, TYPES[key])):
+            found.append(f"{key} = {value!r}: {problem}")
     return found
 
 
-# Types of the recipes' own keys, from the defaults of the configs that torchtune ships (recipes/configs/llama3_2).
-NUMBERS: dict[str, tuple] = {
-    **dict.fromkeys(("batch_size", "epochs", "gradient_accumulation_steps", "log_every_n_steps"), (int,)),
-    **dict.fromkeys(("max_steps_per_epoch", "seed"), (int, type(None))),
-    **dict.fromkeys(("shuffle", "compile", "resume_from_checkpoint", "optimizer_in_bwd", "log_peak_memory_stats"), (bool,)),
-    **dict.fromkeys(("output_dir", "device", "dtype", "recipe"), (str,)),
+# Types of the recipes' own keys, as the configs that torchtune ships use them (recipes/configs/llama3_2).
+TYPES: dict[str, Any] = {
+    **dict.fromkeys(("batch_size", "epochs", "gradient_accumulation_steps", "log_every_n_steps"), int),
+    **dict.fromkeys(("max_steps_per_epoch", "seed"), Optional[int]),
+    **dict.fromkeys(("shuffle", "compile", "resume_from_checkpoint", "optimizer_in_bwd", "log_peak_memory_stats"), bool),
+    **dict.fromkeys(("output_dir", "device", "dtype", "recipe"), str),
 }
-
-
-def _wrong_arguments(component: Any, given: Any) -> list[str]:
-    """Arguments that a component's signature does not have, or whose annotation they do not fit."""
-    from pydantic import TypeAdapter, ValidationError
-
-    parameters = inspect.signature(component).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    found = []
-    for key, value in given.items():
-        if key == "_component_":
-            continue
-        if key not in parameters:
-            if not open_ended:
-                found.append(f"{key}: unknown; {component.__name__} takes {', '.join(parameters)}")
-            continue
-        annotation = parameters[key].annotation
-        if annotation in (int, float, bool, str) or str(annotation) in ("int", "float", "bool", "str"):
-            kind = annotation if isinstance(annotation, type) else getattr(__import__("builtins"), annotation)
-            try:
-                TypeAdapter(kind).validate_python(value, strict=not isinstance(value, int))
-            except ValidationError as error:
-                found.append(f"{key} = {value!r}: {error.errors()[0]['msg']}")
-    return found
 
 
 def _report_progress(stage: Stage, recipe) -> None:
@@ -190,5 +170,3 @@ def _report_progress(stage: Stage, recipe) -> None:
         stage.report(step=step, total=total, **numbers)
 
     logger.log_dict = log_dict
-
-

@@ -1,0 +1,77 @@
+# Torch Relay: raw text → a served model, in five stages. `make` alone prints this help.
+
+.NOTPARALLEL:
+PYTHON  ?= python3
+RUN     ?=
+MODEL   ?= debug
+CLUSTER ?= local
+export RUN MODEL CLUSTER NODES GPUS FROM DATA ARGS STAGE DRY_RUN FORCE BIND PORT API_KEY_FILE PROMPT RUNS
+export DATA_ARGS PRETRAIN_ARGS FINETUNE_ARGS ALIGN_ARGS EVALUATE_ARGS DEPLOY_ARGS
+
+LAUNCH := PYTHONDONTWRITEBYTECODE=1 $(PYTHON) -m scripts.launch
+VENV    = $(if $(or $(DRY_RUN),$(filter-out local,$(CLUSTER))),,.venv/installed)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo pipeline data pretrain finetune align evaluate deploy undeploy chat status logs lineage stop clean \
+        test test-all lint lock golden
+
+help: ## This help
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@printf '\nVariables\n  %s\n  %s\n  %s\n  %s\n  %s\n' \
+	  'RUN=name MODEL=debug CLUSTER=local NODES=1 GPUS=1   GPUS: processes a node' \
+	  'DATA=file.txt|file.jsonl|folder                     default: this Python'"'"'s documentation' \
+	  'FROM=dir                                            start from this Hugging Face directory' \
+	  'ARGS="…" (pipeline: PRETRAIN_ARGS=… and so on)      the upstream tool'"'"'s own arguments' \
+	  'BIND=127.0.0.1 PORT=8000 API_KEY_FILE=… FORCE=1     deploy;  PROMPT="…" chat;  DRY_RUN=1 shows, does nothing'
+
+##@ The line
+demo: export RUN := demo
+demo: $(VENV) ## All stages on this machine with the debug model, from text to a served answer
+	@$(LAUNCH) pipeline
+pipeline: $(VENV) ## All stages of RUN in order, going on from the first that is not done
+	@$(LAUNCH) $@
+data: $(VENV) ## Corpus → tokenizer, training and held-out sets
+	@$(LAUNCH) $@
+pretrain: $(VENV) ## Text → model, with torchtitan
+	@$(LAUNCH) $@
+finetune: $(VENV) ## Model → instruction model, with torchtune
+	@$(LAUNCH) $@
+align: $(VENV) ## Preference optimisation (DPO), with torchtune
+	@$(LAUNCH) $@
+evaluate: $(VENV) ## Scores and the verdict that deploy asks for, with lm-eval
+	@$(LAUNCH) $@
+deploy: $(VENV) ## Serve the model with vLLM's OpenAI API, in the background
+	@$(LAUNCH) $@
+chat: ## Talk to the served model; PROMPT="…" asks once
+	@$(PYTHON) -m scripts.chat
+undeploy: ## Stop serving
+	@$(LAUNCH) $@
+
+##@ A run
+status: ## What is done, running, failed
+	@$(LAUNCH) $@
+logs: ## The end of the newest log (STAGE=…)
+	@$(LAUNCH) $@
+lineage: ## From the served model back to the corpus, by digests
+	@$(LAUNCH) $@
+stop: ## Stop what is running; the same command goes on
+	@$(LAUNCH) $@
+clean: ## Remove the run, or one STAGE= of it
+	@$(LAUNCH) $@
+
+##@ Development
+setup: .venv/installed ## Install .venv from the lock (every target does it by itself)
+.venv/installed: requirements/cpu.lock requirements/dev.lock requirements/install.sh
+	@PYTHON=$(PYTHON) sh requirements/install.sh
+test: .venv/installed ## The fast tests
+	@.venv/bin/python -m pytest -q -m "not slow" tests
+test-all: .venv/installed ## Every test, the whole line included
+	@.venv/bin/python -m pytest -q tests
+lint: .venv/installed ## ruff, shellcheck, vermin
+	@.venv/bin/python -m ruff check . && .venv/bin/python -m ruff format --check .
+	@.venv/bin/shellcheck requirements/*.sh .ci/run
+	@.venv/bin/vermin -q --no-tips --violations -t=3.9- $(LAUNCHER)
+lock: ## Resolve requirements/*.in anew into *.lock
+	@sh requirements/lock.sh
+golden: ## Write tests/golden/ anew from DRY_RUN=1
+	@.venv/bin/python -m tests.golden

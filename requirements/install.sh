@@ -1,0 +1,28 @@
+#!/bin/sh
+# Makes .venv from the hash-locked files; make runs it. Safe to interrupt and to repeat: the mark is written last,
+# and every step finishes what an earlier one left.
+#   TORCH_CPU=1   take torch's smaller CPU build from TORCH_INDEX instead of the CUDA build (not hash-locked)
+set -eu
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+index=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
+
+"$python" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
+  echo "error: $python is $("$python" --version 2>&1 || true); Python 3.11 or newer with venv is needed: PYTHON=python3.11 make …" >&2
+  exit 64
+}
+if [ ! -e .venv/installed ]; then
+  echo "Installing .venv from requirements/*.lock, once: about 3 GB to download, 6.5 GB on disk, a minute on a fast line."
+fi
+rm -f .venv/installed
+.venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv
+.venv/bin/python -m uv --version >/dev/null 2>&1 || .venv/bin/python -m pip install --quiet --require-hashes --requirement requirements/uv.lock
+if [ -n "${TORCH_CPU:-}" ]; then
+  # Everything but torch and the CUDA libraries by hash, then torch's CPU build of the same version.
+  awk '/^[a-z]/ { skip = /^(torch==|nvidia-|cuda-)/ } !skip' requirements/cpu.lock > .venv/cpu-without-torch.lock
+  .venv/bin/python -m uv pip sync --quiet --require-hashes .venv/cpu-without-torch.lock requirements/dev.lock
+  .venv/bin/python -m uv pip install --quiet --no-deps --index-url "$index" "$(sed -n 's/^\(torch==[0-9.]*\).*/\1/p' requirements/cpu.lock)"
+else
+  .venv/bin/python -m uv pip sync --quiet --require-hashes requirements/cpu.lock requirements/dev.lock
+fi
+touch .venv/installed

@@ -1,0 +1,11 @@
+#!/bin/sh
+# Resolves *.in into *.lock with hashes, for Python 3.11 and newer on Linux x86-64. `make lock`; needs uv on PATH or .venv.
+set -eu
+cd "$(dirname "$0")"
+uv=$(command -v uv || echo "../.venv/bin/uv")
+lock() {
+  "$uv" pip compile --quiet --no-header --generate-hashes --universal --python-version 3.11 "$@"
+}
+lock cpu.in --override overrides.txt --output-file cpu.lock
+lock dev.in --output-file dev.lock
+printf 'uv==%s\n' "$(sed -n 's/^uv==//p' dev.in)" | lock - --output-file uv.lock

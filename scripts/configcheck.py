@@ -1,0 +1,64 @@
+"""Configs against the upstream code that will read them: every unknown key and every wrong type, at once.
+
+Upstream tools ignore a misspelt key (torchtune), stop at the first (torchtitan, lm-eval), or fail an hour in.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import difflib
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+
+def unknown(key: str, known: Iterable[str]) -> str:
+    """What to say of a key that upstream does not have."""
+    near = difflib.get_close_matches(key, list(known), 1)
+    return f"unknown key {key}; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}")
+
+
+def wrong_type(value: Any, annotation: Any) -> str:
+    """How a value misfits an annotation, "" if it fits. A whole number is a fine float, a string never a number."""
+    from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
+
+    if isinstance(annotation, str):
+        annotation = getattr(builtins, annotation, Any)
+    if annotation is inspect.Parameter.empty:
+        return ""
+    try:
+        TypeAdapter(annotation).validate_python(value, strict=True)
+    except ValidationError as error:
+        return error.errors()[0]["msg"]
+    except PydanticSchemaGenerationError:  # a type of upstream's own: nothing to hold a YAML value against
+        return ""
+    return ""
+
+
+def against_dataclass(kind: type, values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Problems of a parsed config that will become the dataclass `kind`, nested ones included."""
+    types, found = typing.get_type_hints(kind), []
+    for key, value in values.items():
+        if key not in types:
+            found.append(unknown(prefix + key, [prefix + name for name in types]))
+        elif dataclasses.is_dataclass(types[key]) and isinstance(value, Mapping):
+            found += against_dataclass(types[key], value, f"{prefix}{key}.")
+        elif problem := wrong_type(value, types[key]):
+            found.append(f"{prefix}{key} = {value!r}: {problem}")
+    return found
+
+
+def against_signature(component: Callable, values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Problems of keyword arguments that will be given to `component`."""
+    parameters = inspect.signature(component).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    found = []
+    for key, value in values.items():
+        if key not in parameters:
+            found += [] if open_ended else [unknown(prefix + key, [prefix + name for name in parameters])]
+        elif parameters[key].annotation in (int, float, bool, str, "int", "float", "bool", "str"):
+            problem = wrong_type(value, parameters[key].annotation)
+            found += [f"{prefix}{key} = {value!r}: {problem}"] if problem else []
+    return found

@@ -1,0 +1,30 @@
+"""The one line a running stage shows on the terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+
+class Progress:
+    """One line on the terminal: what is done, how fast, how long still. A new line now and then in a log file."""
+
+    def __init__(self, name: str):
+        self.name, self.began, self.shown, self.first = name, time.time(), 0.0, None
+
+    def __call__(self, numbers: dict) -> None:
+        now, terminal = time.time(), sys.stdout.isatty()
+        if "total" not in numbers or (now - self.shown < (0.2 if terminal else 10) and numbers["step"] < numbers["total"]):
+            return
+        self.shown = now
+        self.first = self.first or (now, numbers["step"])
+        rate = (numbers["step"] - self.first[1]) / (now - self.first[0]) if now > self.first[0] else 0
+        left = f"  {(numbers['total'] - numbers['step']) / rate:.0f} s left" if rate else ""
+        loss = f"  loss {numbers['loss']:.3f}" if "loss" in numbers else ""
+        speed = f"  {numbers['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in numbers else ""
+        line = f"  {self.name} {numbers['step']:.0f}/{numbers['total']:.0f}{loss}{speed}{left}"
+        print(f"\r{line:<78}" if terminal else line, end="" if terminal else "\n", flush=True)
+
+    def end(self) -> None:
+        if self.shown and sys.stdout.isatty():
+            print(flush=True)

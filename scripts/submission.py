@@ -1,0 +1,241 @@
+"""From what the user asked for to the files that say what runs: options, checks, one stage's submission.
+
+Standard library only, Python 3.9 or newer. Nothing is written here.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from scripts import local, modeldir, report, rundir
+from scripts.errors import InputError
+from scripts.rundir import ROOT, STAGES, TRAINED, dump_json, record, relative, stage_dir
+
+CLUSTERS = {"local": local}
+CONFIGS = ROOT / "configs"
+
+
+@dataclass
+class Request:
+    """What the user asked for, from environment variables; names as in `make help`."""
+
+    verb: str
+    run: str
+    model: str
+    cluster: str
+    nodes: int
+    gpus: int
+    args: dict[str, list[str]]
+    data: str = ""
+    source: str = ""  # FROM
+    stage: str = ""
+    bind: str = "127.0.0.1"
+    port: str = "8000"
+    api_key_file: str = ""
+    force: bool = False
+    dry_run: bool = False
+
+
+@dataclass
+class Submission:
+    """One stage ready to start: where, and the files that say what runs."""
+
+    directory: Path
+    nodes: int
+    gpus: int
+    files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def stage(self) -> str:
+        return self.directory.name
+
+
+def read_request(verb: str, env: dict[str, str]) -> Request:
+    """Parse and check every option. Raises InputError with all problems at once."""
+    found: list[str] = []
+    get = lambda name, default="": env.get(name, "").strip() or default  # noqa: E731
+    model, cluster = get("MODEL", "debug"), get("CLUSTER", "local")
+    run = get("RUN", model)
+    found += rundir.check_run_name(run)
+    models = sorted({p.stem for stage in STAGES for p in (CONFIGS / stage).glob("*.*")} | folder_names(CONFIGS / "models"))
+    if model not in models and verb in (*STAGES, "pipeline"):
+        found.append(f"MODEL={model}: unknown; known: {', '.join(m for m in models if '.' not in m)} (configs/<stage>/<model>.*)")
+    if cluster not in CLUSTERS:
+        found.append(f"CLUSTER={cluster}: not yet; known: {', '.join(CLUSTERS)}")
+    counts = {}
+    for name in ("NODES", "GPUS"):
+        text = get(name, "1")
+        counts[name] = int(text) if text.isdigit() else 0
+        if counts[name] < 1:
+            found.append(f"{name}={text}: give a whole number of at least 1; for example {name}=2")
+    if counts["NODES"] > 1 and cluster == "local":
+        found.append(
+            f"NODES={counts['NODES']}: CLUSTER=local is one machine; use GPUS={counts['NODES']} for that many processes on it"
+        )
+    args: dict[str, list[str]] = {}
+    if get("ARGS") and verb == "pipeline":
+        found.append("ARGS: which stage of the pipeline? Use " + " ".join(f"{s.upper()}_ARGS" for s in STAGES[1:]) + " instead")
+    for stage in STAGES:
+        text = env.get(f"{stage.upper()}_ARGS") or (env.get("ARGS", "") if stage == verb else "")
+        try:
+            args[stage] = shlex.split(text)
+        except ValueError as error:
+            found.append(f"ARGS of {stage}: {error}: {text}")
+    if get("STAGE") and get("STAGE") not in STAGES:
+        found.append(f"STAGE={get('STAGE')}: unknown; known: {', '.join(STAGES)}")
+    if found:
+        raise InputError(found)
+    return Request(
+        verb=verb,
+        run=run,
+        model=model,
+        cluster=cluster,
+        nodes=counts["NODES"],
+        gpus=counts["GPUS"],
+        args=args,
+        data=get("DATA"),
+        source=get("FROM"),
+        stage=get("STAGE"),
+        bind=get("BIND", "127.0.0.1"),
+        port=get("PORT", "8000"),
+        api_key_file=get("API_KEY_FILE"),
+        force=get("FORCE") not in ("", "0"),
+        dry_run=get("DRY_RUN") not in ("", "0"),
+    )
+
+
+def folder_names(folder: Path) -> set[str]:
+    """Names of the folders in a folder."""
+    return {p.name for p in folder.iterdir() if p.is_dir()} if folder.is_dir() else set()
+
+
+def plan(request: Request, stage: str, pending: tuple[str, ...] = ()) -> Submission:
+    """The submission of one stage. `pending` names stages that will have finished before it starts.
+
+    Raises InputError with every problem found without torch: the rest is checked in the job.
+    """
+    directory = stage_dir(request.run, stage)
+    submission = Submission(directory, request.nodes if stage in TRAINED else 1, request.gpus if stage in TRAINED else 1)
+    found: list[str] = []
+    facts = {"MODEL": request.model}
+    if stage == "data":
+        facts["SOURCE"] = relative(Path(request.data)) if request.data else "python"
+        if request.data and not Path(request.data).exists():
+            found.append(f"DATA={request.data}: no such file or folder; give a .txt or .jsonl file, or a folder of them")
+    elif stage in (*TRAINED, "evaluate"):
+        facts["DATA"] = relative(prepared_data(request) or stage_dir(request.run, "data") / "sets")
+    model = _input_model(request, stage, pending)
+    if model:
+        facts["FROM"] = relative(model)
+        if not any(model.parent == stage_dir(request.run, s) for s in pending):
+            found += modeldir.problems(model)
+    elif stage not in ("data", "pretrain"):
+        found.append(
+            f"{stage} needs a model: train one in this run (make pretrain RUN={request.run}), or give FROM=<Hugging Face directory>"
+        )
+    if stage in ("data", "pretrain") and not (stage == "pretrain" and model):
+        architecture = CONFIGS / "models" / request.model / "config.json"
+        if architecture.exists():
+            submission.files["architecture.json"] = architecture.read_text(encoding="utf-8")
+        else:
+            found.append(f"{relative(architecture)}: missing; a model born here needs its architecture there, any other its FROM=")
+    if stage != "data":
+        found += _add_config(submission, stage, request.model)
+    if stage == "deploy":
+        facts |= {"BIND": request.bind, "PORT": request.port}
+        found += _check_service(request, facts, model, pending)
+    if stage in TRAINED:
+        facts |= {"NODES": str(request.nodes), "GPUS": str(request.gpus)}
+    found += CLUSTERS[request.cluster].problems(submission)
+    if found:
+        raise InputError(found)
+    submission.files["stage.env"] = rundir.format_env(facts)
+    submission.files["args.json"] = dump_json(request.args.get(stage, []))
+    return submission
+
+
+def prepared_data(request: Request) -> Path | None:
+    """The sets that DATA names if it is already prepared (a data stage's directory or its sets/), else None."""
+    for path in (Path(request.data), Path(request.data, "sets")) if request.data else ():
+        if (path / "data.json").exists():
+            return path
+    return None
+
+
+def _input_model(request: Request, stage: str, pending: tuple[str, ...]) -> Path | None:
+    """FROM, or the newest model before this stage in the run, finished or about to be."""
+    if stage == "data":
+        return None
+    if request.source:
+        return Path(request.source)
+    before = TRAINED[: TRAINED.index(stage)] if stage in TRAINED else TRAINED
+    for name in reversed(before):
+        if name in pending or record(stage_dir(request.run, name)):
+            return stage_dir(request.run, name) / "model"
+    return None
+
+
+def _add_config(submission: Submission, stage: str, model: str) -> list[str]:
+    """Freeze configs/<stage>/<model>.* into the submission as config.*; evaluate takes its tasks and floors along."""
+    files = [p for p in sorted((CONFIGS / stage).glob(f"{model}.*")) if p.name.count(".") == 1]
+    if not files:
+        return [
+            f"configs/{stage}/{model}.*: missing; copy one of {', '.join(sorted(p.name for p in (CONFIGS / stage).glob('*.*')))}"
+        ]
+    submission.files[f"config{files[0].suffix}"] = files[0].read_text(encoding="utf-8")
+    if stage == "evaluate":
+        for path in sorted((CONFIGS / stage / "tasks").iterdir()):
+            if path.is_file():
+                submission.files[f"tasks/{path.name}"] = path.read_text(encoding="utf-8")
+        floors = CONFIGS / stage / f"{model}.floors.json"
+        if not floors.exists():
+            return [f"{relative(floors)}: missing; deploy needs to know which scores pass"]
+        submission.files["floors.json"] = floors.read_text(encoding="utf-8")
+    return []
+
+
+def _check_service(request: Request, facts: dict[str, str], model: Path | None, pending: tuple[str, ...]) -> list[str]:
+    found = []
+    if not request.port.isdigit() or not 0 < int(request.port) < 65536:
+        found.append(f"PORT={request.port}: give a number from 1 to 65535; for example PORT=8001")
+    if request.api_key_file:
+        facts["API_KEY_FILE"] = relative(Path(request.api_key_file))
+        key = Path(request.api_key_file)
+        if not key.exists() or not key.read_text().strip():
+            found.append(f"API_KEY_FILE={key}: missing or empty; openssl rand -hex 24 > {key}; chmod 600 {key}")
+        elif key.stat().st_mode & 0o077:
+            found.append(f"API_KEY_FILE={key}: readable by others; chmod 600 {key}")
+    elif request.bind not in ("127.0.0.1", "localhost", "::1"):
+        found.append(
+            f"BIND={request.bind}: others can reach that address, so it needs a key of yours: "
+            "(umask 077; openssl rand -hex 24 > api-key) and API_KEY_FILE=api-key"
+        )
+    if request.force:
+        facts["FORCE"] = "1"
+    elif model and "evaluate" not in pending:
+        found += report.gate_problems(stage_dir(request.run, "evaluate"), model)
+    return found
+
+
+def differences(submission: Submission) -> list[str]:
+    """How an existing submission differs from this one; [] if it is the same or there is none."""
+    found = []
+    for name, text in submission.files.items():
+        path = submission.directory / name
+        if not path.exists() or not (submission.directory / "stage.env").exists():
+            continue
+        old = path.read_text(encoding="utf-8")
+        if old == text:
+            continue
+        if name == "stage.env":
+            before, now = rundir.read_env(path), dict(line.split("=", 1) for line in text.splitlines())
+            for key in sorted(before.keys() | now.keys()):
+                if rundir.format_env({key: before.get(key, "")}) != f"{key}={now.get(key, '')}\n":
+                    found.append(f"{key} was {before.get(key, 'not set')}, now {rundir.unquote(now.get(key, 'not set'))}")
+        elif name == "args.json":
+            found.append(f"ARGS were {shlex.join(rundir.read_json(path))!r}, now {text.split()!r}")
+        else:
+            found.append(f"{name} has changed since (the run's copy: {relative(path)})")
+    return found

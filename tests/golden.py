@@ -1,0 +1,34 @@
+"""What DRY_RUN=1 prints, as files to read and copy: `make golden` writes them anew; a test holds them to the truth."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "golden"
+CASES = {
+    "local-pipeline.txt": ("pipeline", {"RUN": "demo"}),
+    "local-pretrain-two-processes.txt": (
+        "pretrain",
+        {"RUN": "two", "GPUS": "2", "ARGS": "--training.steps 20 --job.description 'two words'"},
+    ),
+    "local-deploy-forced.txt": ("deploy", {"RUN": "demo", "FORCE": "1", "PORT": "8001", "DEPLOY_ARGS": "--max-num-seqs 8"}),
+}
+
+
+def dry_run(verb: str, options: dict[str, str]) -> str:
+    """The output of one dry run, on an empty environment and an empty folder of runs shown as runs/."""
+    with tempfile.TemporaryDirectory() as folder:
+        env = {"PATH": os.environ["PATH"], "DRY_RUN": "1", "RUNS": folder, **options}
+        command = [sys.executable, "-m", "scripts.launch", verb]
+        result = subprocess.run(command, env=env, capture_output=True, text=True, cwd=FOLDER.parent.parent)
+        assert not os.listdir(folder), "a dry run must not write"
+    assert result.returncode == 0, result.stderr
+    return result.stdout.replace(folder, "runs")
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for name, case in CASES.items():
+        (FOLDER / name).write_text(dry_run(*case))

@@ -1,0 +1,191 @@
+"""The launcher: every bad input is refused by name with its mend, exit 64, and leaves nothing behind."""
+
+import json
+import os
+import socket
+import subprocess
+
+import pytest
+from conftest import ROOT, launch, refused
+from golden import CASES, FOLDER, dry_run
+
+from scripts import report, rundir, submission
+
+
+@pytest.mark.parametrize(
+    ("verb", "options", "words"),
+    [
+        ("pretrain", {"MODEL": "gpt5"}, ["MODEL=gpt5", "known:", "debug"]),
+        ("pretrain", {"CLUSTER": "mars"}, ["CLUSTER=mars", "not yet", "local"]),
+        ("train", {}, ["train", "unknown", "pretrain"]),
+        ("clean", {"RUN": "x", "STAGE": "serve"}, ["STAGE=serve", "deploy"]),
+        ("pretrain", {"RUN": "my run"}, ["RUN='my run'", "a-z"]),
+        ("pretrain", {"RUN": "a/../b"}, ["RUN=", "a-z"]),
+        ("pretrain", {"RUN": "v1.0"}, ["RUN=", "a-z"]),
+        ("pretrain", {"RUN": "MyRun"}, ["RUN=", "a-z"]),
+        ("pretrain", {"RUN": "r" * 80}, ["RUN=", "40"]),
+        ("pretrain", {"NODES": "2"}, ["NODES=2", "local is one machine", "GPUS=2"]),
+        ("pretrain", {"GPUS": "0"}, ["GPUS=0", "GPUS=2"]),
+        ("pretrain", {"GPUS": "x"}, ["GPUS=x"]),
+        ("pipeline", {"ARGS": "--training.steps 1"}, ["ARGS", "PRETRAIN_ARGS"]),
+        ("pretrain", {"ARGS": "--x 'open"}, ["ARGS", "quotation"]),
+        ("data", {"DATA": "/no/such.txt"}, ["DATA=/no/such.txt", "no such file"]),
+        ("finetune", {"FROM": "/no/such", "DATA": "{sets}"}, ["/no/such", "no such directory"]),
+        ("finetune", {"DATA": "{sets}"}, ["needs a model", "make pretrain", "FROM="]),
+        ("deploy", {"PORT": "http"}, ["PORT=http", "number"]),
+        ("deploy", {"PORT": "70000"}, ["PORT=70000"]),
+        ("deploy", {"BIND": "0.0.0.0"}, ["BIND=0.0.0.0", "API_KEY_FILE", "openssl"]),
+        ("deploy", {"API_KEY_FILE": "/no/key"}, ["API_KEY_FILE", "missing"]),
+        ("status", {"RUN": "nothing"}, ["RUN=nothing", "no such run"]),
+        ("logs", {"RUN": "nothing"}, ["no logs yet"]),
+        ("clean", {"RUN": "nothing"}, ["nothing there"]),
+        ("lineage", {"RUN": "nothing"}, ["nothing to trace"]),
+    ],
+)
+def test_bad_input_is_refused(runs, tmp_path, verb, options, words):
+    sets = tmp_path / "sets"
+    sets.mkdir()
+    (sets / "data.json").write_text("{}")
+    refused(verb, *words, **{k: v.replace("{sets}", str(sets)) for k, v in options.items()})
+    assert not runs.exists() or not list(runs.rglob("*")), "a refusal must leave nothing"
+
+
+def test_all_problems_at_once(runs):
+    said = refused("pretrain", MODEL="nope", RUN="No", GPUS="-1", CLUSTER="mars")
+    assert said.count("error:") == 4
+
+
+def test_a_broken_model_is_refused_before_anything_starts(runs, model):
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-2])
+    refused("evaluate", "cut short", FROM=str(model), RUN="x")
+    assert not runs.exists()
+
+
+def test_no_write_permission(runs):
+    runs.parent.mkdir(exist_ok=True)
+    runs.write_text("a file where the folder should be")
+    refused("data", "runs go under", RUN="x")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden_dry_runs(name):
+    assert dry_run(*CASES[name]) == (FOLDER / name).read_text(), "if this is meant: make golden"
+
+
+@pytest.mark.parametrize("verb", ["pipeline", "data", "pretrain", "finetune", "align", "evaluate", "deploy"])
+def test_every_target_has_a_dry_run(verb, model):
+    out = dry_run(verb, {"RUN": "x", "FROM": str(model), "FORCE": "1"})
+    assert "stage.env" in out
+
+
+def test_arguments_pass_through_make_intact():
+    words = ["--a", "two words", "it's", 'say "hi"', "--b=c d"]
+    quoted = """--a 'two words' "it's" 'say "hi"' '--b=c d'"""
+    env = {**os.environ, "DRY_RUN": "1"}
+    result = subprocess.run(
+        ["make", "-s", "pretrain", f"ARGS={quoted}"], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+    )
+    block = result.stdout.split("pretrain/args.json\n")[1].split("\n#")[0]
+    assert json.loads(block) == words
+
+
+def stage(runs, model, **env):
+    """A finetune submission of run x, planned and written as `launch` would."""
+    os.environ["RUNS"] = str(runs)
+    request = submission.read_request("finetune", {"RUN": "x", "FROM": str(model), "DATA": str(model.parent / "sets"), **env})
+    return submission.plan(request, "finetune")
+
+
+def test_a_run_with_other_settings_is_refused_once_it_has_something_to_lose(runs, model):
+    (model.parent / "sets").mkdir()
+    (model.parent / "sets" / "data.json").write_text("{}")
+    first = stage(runs, model)
+    for name, text in first.files.items():
+        (first.directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (first.directory / name).write_text(text)
+    assert submission.differences(stage(runs, model)) == []
+    changed = submission.differences(stage(runs, model, GPUS="2", ARGS="epochs=3"))
+    assert "GPUS was 1, now 2" in changed
+    assert any("ARGS" in c and "epochs=3" in c for c in changed)
+    (first.directory / "checkpoints").mkdir()
+    options = {"RUN": "x", "FROM": str(model), "DATA": str(model.parent / "sets"), "GPUS": "2"}
+    refused("finetune", "exists with other settings", "GPUS was 1, now 2", "make clean RUN=x STAGE=finetune", **options)
+
+
+def test_a_second_launch_of_a_running_stage_is_refused(runs, model):
+    (model.parent / "sets").mkdir()
+    (model.parent / "sets" / "data.json").write_text("{}")
+    first = stage(runs, model)
+    rundir.begin_attempt(first.directory)
+    options = {"RUN": "x", "FROM": str(model), "DATA": str(model.parent / "sets")}
+    refused("finetune", "running already", "make stop RUN=x", **options)
+    refused("clean", "running", "make stop RUN=x", RUN="x")
+
+
+def test_a_finished_stage_is_not_run_twice(runs, model):
+    (model.parent / "sets").mkdir()
+    (model.parent / "sets" / "data.json").write_text("{}")
+    first = stage(runs, model)
+    for name, text in first.files.items():
+        (first.directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (first.directory / name).write_text(text)
+    (first.directory / "stage.json").write_text(json.dumps({"summary": {"loss": 1.5}}))
+    result = launch("finetune", RUN="x", FROM=str(model), DATA=str(model.parent / "sets"))
+    assert (result.returncode, "done already" in result.stdout) == (0, True)
+
+
+# --- the gate ---
+
+
+def verdict(evaluation, digest, **row):
+    evaluation.mkdir(parents=True)
+    floors = [{"metric": "task/acc", "value": 0.5, "min": 0.4, "passed": True, **row}]
+    (evaluation / "verdict.json").write_text(
+        json.dumps({"model": {"digest": digest, "path": "runs/x/align/model"}, "floors": floors})
+    )
+    (evaluation / "stage.json").write_text('{"status": "done"}')
+
+
+def test_the_gate_opens_for_exactly_the_model_that_passed(runs, model):
+    evaluation = runs / "x" / "evaluate"
+    assert "no verdict" in report.gate_problems(evaluation, model)[0]
+    verdict(evaluation, rundir.digest_tree(model))
+    assert report.gate_problems(evaluation, model) == []
+    (model / "config.json").write_text((model / "config.json").read_text() + " ")
+    assert "not for" in report.gate_problems(evaluation, model)[0]
+
+
+def test_the_gate_names_metric_value_and_floor(runs, model):
+    verdict(runs / "x" / "evaluate", rundir.digest_tree(model), value=0.3123, passed=False)
+    said = refused("deploy", "task/acc", "0.3123", "at least 0.4", "FORCE=1", RUN="x", FROM=str(model))
+    assert "Traceback" not in said
+
+
+def test_a_metric_that_was_not_measured_fails(tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps({"results": {"task": {"alias": "task", "acc,none": 0.9, "acc_stderr,none": 0.01}}}))
+    (tmp_path / "f.json").write_text(
+        json.dumps({"task/acc": {"min": 0.5}, "renamed/acc": {"min": 0.5}, "task/acc_stderr": {"max": 1}})
+    )
+    judged = report.judge(tmp_path / "r.json", tmp_path / "f.json")
+    assert [row["passed"] for row in judged["floors"]] == [True, False, False]
+    assert judged["passed"] is False
+
+
+def test_a_taken_port_is_named():
+    from scripts.service import port_problems
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"PORT={port}" in port_problems("127.0.0.1", str(port))[0]
+    assert port_problems("127.0.0.1", str(port)) == []
+
+
+def test_a_key_that_others_can_read_is_refused(runs, tmp_path):
+    key = tmp_path / "key"
+    key.write_text("secret")
+    key.chmod(0o644)
+    said = refused("deploy", "readable by others", "chmod 600", API_KEY_FILE=str(key), BIND="0.0.0.0")
+    assert "secret" not in said
