@@ -8,6 +8,7 @@ CLUSTER ?= local
 export RUN MODEL CLUSTER NODES GPUS FROM DATA ARGS STAGE DRY_RUN FORCE BIND PORT API_KEY_FILE PROMPT RUNS
 export DATA_ARGS PRETRAIN_ARGS FINETUNE_ARGS ALIGN_ARGS EVALUATE_ARGS DEPLOY_ARGS
 
+LAUNCHER = launch submission local report rundir modeldir errors chat stage progress
 LAUNCH := PYTHONDONTWRITEBYTECODE=1 $(PYTHON) -m scripts.launch
 VENV    = $(if $(or $(DRY_RUN),$(filter-out local,$(CLUSTER))),,.venv/installed)
 
@@ -17,12 +18,15 @@ VENV    = $(if $(or $(DRY_RUN),$(filter-out local,$(CLUSTER))),,.venv/installed)
 
 help: ## This help
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@printf '\nVariables\n  %s\n  %s\n  %s\n  %s\n  %s\n' \
-	  'RUN=name MODEL=debug CLUSTER=local NODES=1 GPUS=1   GPUS: processes a node' \
-	  'DATA=file.txt|file.jsonl|folder                     default: this Python'"'"'s documentation' \
-	  'FROM=dir                                            start from this Hugging Face directory' \
-	  'ARGS="…" (pipeline: PRETRAIN_ARGS=… and so on)      the upstream tool'"'"'s own arguments' \
-	  'BIND=127.0.0.1 PORT=8000 API_KEY_FILE=… FORCE=1     deploy;  PROMPT="…" chat;  DRY_RUN=1 shows, does nothing'
+	@printf '\nVariables\n'
+	@printf '  %-22s %s\n' \
+	  'RUN=name' 'the run (default: the model'"'"'s name); MODEL=debug CLUSTER=local NODES=1' \
+	  'GPUS=1' 'processes on each node' \
+	  'DATA=file|folder' '.txt or .jsonl; default: the documentation inside this Python' \
+	  'FROM=dir' 'start from this Hugging Face directory' \
+	  'ARGS="…"' 'arguments of the upstream tool; for pipeline: PRETRAIN_ARGS=… and so on' \
+	  'BIND= PORT= FORCE=1' 'deploy: address, port, serve without a verdict; API_KEY_FILE=…' \
+	  'DRY_RUN=1' 'show what would run, touch nothing'
 
 ##@ The line
 demo: export RUN := demo
@@ -70,7 +74,7 @@ test-all: .venv/installed ## Every test, the whole line included
 lint: .venv/installed ## ruff, shellcheck, vermin
 	@.venv/bin/python -m ruff check . && .venv/bin/python -m ruff format --check .
 	@.venv/bin/shellcheck requirements/*.sh .ci/run
-	@.venv/bin/vermin -q --no-tips --violations -t=3.9- $(LAUNCHER)
+	@.venv/bin/vermin -q --no-tips --violations -t=3.9- $(addprefix scripts/,$(addsuffix .py,$(LAUNCHER)))
 lock: ## Resolve requirements/*.in anew into *.lock
 	@sh requirements/lock.sh
 golden: ## Write tests/golden/ anew from DRY_RUN=1

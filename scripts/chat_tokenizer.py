@@ -64,9 +64,9 @@ class ChatTokenizer:
         turns = [{"role": m.role, "content": m.text_content} for m in messages]
         ids: list[int] = []
         mask: list[bool] = []
-        done = ""
+        done, asked = "", 0
         for position, message in enumerate(messages):
-            if message.masked:
+            if message.role != "assistant":
                 continue
             before = self.render(turns[:position], add_generation_prompt=True)
             after = self.render(turns[: position + 1])
@@ -75,11 +75,12 @@ class ChatTokenizer:
                     "the chat template does not render a conversation as a prefix of its continuation; "
                     "simplify it: training on such a template would teach other text than serving sends"
                 )
-            for text, masked in ((before[len(done) :], True), (after[len(before) :], False)):
+            prompt_masked = all(m.masked for m in messages[asked:position])
+            for text, masked in ((before[len(done) :], prompt_masked), (after[len(before) :], message.masked)):
                 piece = self.encode(text)
                 ids += piece
                 mask += [masked] * len(piece)
-            done = after
+            done, asked = after, position + 1
         if len(ids) > self.max_seq_len:
             raise InputError(
                 f"a conversation of {len(ids)} tokens is longer than {self.max_seq_len}; shorten or remove the one "

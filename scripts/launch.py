@@ -21,11 +21,11 @@ from scripts.submission import CLUSTERS, Request, Submission, differences, folde
 def launch(request: Request, stage: str) -> int:
     """Start one stage, or say that it is done. Returns an exit code."""
     submission = plan(request, stage, pending=("data",))
-    if stage in (*TRAINED, "evaluate") and not prepared_data(request):
-        if request.data or not record(stage_dir(request.run, "data")):
-            code = launch(request, "data")
-            if code:
-                return code
+    unprepared = stage in (*TRAINED, "evaluate") and not prepared_data(request)
+    if unprepared and (request.data or not record(stage_dir(request.run, "data"))):
+        code = launch(request, "data")
+        if code:
+            return code
     kept = record(submission.directory) or (submission.directory / "checkpoints").exists()
     changed = differences(submission) if kept else []  # nothing to lose: a mended ARGS may simply try again
     if changed:

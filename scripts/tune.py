@@ -112,7 +112,7 @@ def find_recipe(name: str, world: int) -> type:
 
 def check(stage: Stage, cfg, recipe_class: type) -> None:
     """Unknown keys, wrong types and missing components, all at once: torchtune ignores a misspelt key."""
-    found = [f"{stage.config}: {problem}" for problem in _wrong(cfg, recipe_class)]
+    found = [f"{stage.config}: {problem}" for problem in wrong_keys(cfg, recipe_class)]
     if found:
         raise InputError(found)
     rows = Path(cfg.dataset.data_files).read_text(encoding="utf-8").count("\n")
@@ -124,10 +124,14 @@ def check(stage: Stage, cfg, recipe_class: type) -> None:
         )
 
 
-def _wrong(cfg, recipe_class: type) -> list[str]:
+def wrong_keys(cfg, recipe_class: type) -> list[str]:
+    """Unknown keys, wrong types and missing components of a config for this recipe."""
     from torchtune.config._utils import _get_component_from_path
 
-    source = inspect.getsource(sys.modules[recipe_class.__module__])
+    # One config serves one process and many: a key may be for the other variant of the recipe alone.
+    file = Path(sys.modules[recipe_class.__module__].__file__)
+    variants = file.parent.glob(re.sub(r"_(single_device|distributed)$", "_[sd]*", file.stem) + ".py")
+    source = "".join(p.read_text(encoding="utf-8") for p in variants)
     used = set(re.findall(r"(?<![\w.])cfg(?:\.get\(\s*\"(\w+)\"|\[\"(\w+)\"\]|\.(?!get\b)(\w+))", source))
     known = {name for names in used for name in names if name} | {"profiler"} | OWN_KEYS
     found = []
@@ -147,7 +151,7 @@ def _wrong(cfg, recipe_class: type) -> list[str]:
     return found
 
 
-# Types of the recipes' own keys, as the configs that torchtune ships use them (recipes/configs/llama3_2).
+# Types of the recipes' own keys, as the configs that torchtune ships use them (recipes/configs/).
 TYPES: dict[str, Any] = {
     **dict.fromkeys(("batch_size", "epochs", "gradient_accumulation_steps", "log_every_n_steps"), int),
     **dict.fromkeys(("max_steps_per_epoch", "seed"), Optional[int]),
