@@ -9,7 +9,7 @@ export RUN MODEL CLUSTER NODES GPUS FROM DATA ARGS STAGE DRY_RUN FORCE BIND PORT
 export DATA_ARGS PRETRAIN_ARGS FINETUNE_ARGS ALIGN_ARGS EVALUATE_ARGS DEPLOY_ARGS
 
 LAUNCHER = launch submission local report rundir modeldir errors chat stage progress
-LAUNCH := PYTHONDONTWRITEBYTECODE=1 $(PYTHON) -m scripts.launch
+LAUNCH := $(PYTHON) -m scripts.launch
 VENV    = $(if $(or $(DRY_RUN),$(filter-out local,$(CLUSTER))),,.venv/installed)
 
 .DEFAULT_GOAL := help

@@ -12,7 +12,7 @@ index=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
   exit 64
 }
 if [ ! -e .venv/installed ]; then
-  echo "Installing .venv from requirements/*.lock, once: about 3 GB to download, 6.5 GB on disk, a minute on a fast line."
+  echo "Installing .venv from requirements/*.lock, once: about 3 GB to download, 6.5 GB on disk, two or three minutes on a fast line."
 fi
 rm -f .venv/installed
 .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv
@@ -20,9 +20,9 @@ rm -f .venv/installed
 if [ -n "${TORCH_CPU:-}" ]; then
   # Everything but torch and the CUDA libraries by hash, then torch's CPU build of the same version.
   awk '/^[a-z]/ { skip = /^(torch==|nvidia-|cuda-)/ } !skip' requirements/cpu.lock > .venv/cpu-without-torch.lock
-  .venv/bin/python -m uv pip sync --quiet --require-hashes .venv/cpu-without-torch.lock requirements/dev.lock
+  .venv/bin/python -m uv pip sync --quiet --compile-bytecode --require-hashes .venv/cpu-without-torch.lock requirements/dev.lock
   .venv/bin/python -m uv pip install --quiet --no-deps --index-url "$index" "$(sed -n 's/^\(torch==[0-9.]*\).*/\1/p' requirements/cpu.lock)"
 else
-  .venv/bin/python -m uv pip sync --quiet --require-hashes requirements/cpu.lock requirements/dev.lock
+  .venv/bin/python -m uv pip sync --quiet --compile-bytecode --require-hashes requirements/cpu.lock requirements/dev.lock
 fi
 touch .venv/installed

@@ -107,6 +107,7 @@ def train(stage: Stage) -> None:
     from scripts import compat
 
     compat.torchtitan_on_cpu()
+    compat.checkpoints_without_collectives()
     config = load_config(stage)
     check(stage, config)
     _register(stage)

@@ -6,6 +6,7 @@ it from the model directory, so training, evaluation and serving cannot disagree
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -64,6 +65,7 @@ def render(conversation: list[dict]) -> str:
     return template_from(CHAT_TEMPLATE).render(messages=conversation, bos_token=BOS, eos_token=EOS, add_generation_prompt=False)
 
 
+@functools.lru_cache
 def template_from(source: str):
     """A sandboxed template with the settings transformers and vLLM use: a downloaded template may not run code."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
