@@ -7,8 +7,10 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 index=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
 
-"$python" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
-  echo "error: $python is $("$python" --version 2>&1 || true); Python 3.11 or newer with venv is needed: PYTHON=python3.11 make …" >&2
+. ./versions.env
+"$python" -c "import sys, venv; sys.exit(sys.version_info[:2] < tuple(map(int, '$PYTHON_MINIMUM'.split('.'))))" 2>/dev/null || {
+  echo "error: $python is $("$python" --version 2>&1 || true); Python $PYTHON_MINIMUM or newer with venv is needed:" \
+    "PYTHON=python$PYTHON_MINIMUM make …" >&2
   exit 64
 }
 if [ ! -e .venv/installed ]; then

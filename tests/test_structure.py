@@ -155,6 +155,13 @@ def test_versions_agree():
         assert set(said) == {pins[name]}, f"README says {spoken} {said}"
 
 
+def test_the_python_version_has_one_home():
+    minimum = re.search(r"PYTHON_MINIMUM=(.+)", (ROOT / "versions.env").read_text()).group(1)
+    assert f'requires-python = ">={minimum}"' in (ROOT / "pyproject.toml").read_text()
+    assert f"Python {minimum} or newer" in (ROOT / "README.md").read_text()
+    assert minimum not in (ROOT / "requirements/install.sh").read_text()
+
+
 def test_every_locked_package_has_hashes_and_no_index_is_named():
     for lock in ROOT.glob("requirements/*.lock"):
         blocks = re.split(r"\n(?=[a-z])", lock.read_text())
