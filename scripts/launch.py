@@ -131,6 +131,8 @@ def main(arguments: list[str]) -> int:
             show_dry_run(request)
             return DONE
         return verbs[verb](request)
+    except KeyboardInterrupt:
+        return 130
     except InputError as error:
         found = error.problems
     except (PermissionError, NotADirectoryError, FileExistsError) as error:

@@ -46,9 +46,13 @@ def submit(submission) -> int:
     if submission.stage == "deploy":
         return _serve(submission, words, environment)
     child = subprocess.Popen(words, cwd=rundir.ROOT, env=environment, preexec_fn=lambda: die_with_parent(signal.SIGTERM))
+    # Ctrl-C is passed on once and waited for: the stage saves what it can, and says so by its exit code.
+    handlers = {}
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: child.send_signal(signal.SIGTERM))  # Ctrl-C reaches the stage once, here
+        handlers[number] = signal.signal(number, lambda *_: child.send_signal(signal.SIGTERM))
     code = child.wait()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     if code == DONE:
         print(f"{submission.stage}: {report.one_line(submission.directory)}", flush=True)
     return code
@@ -57,16 +61,12 @@ def submit(submission) -> int:
 def _serve(submission, words: list[str], environment: dict[str, str]) -> int:
     """Start the service in a session of its own and wait until it is ready."""
     address = submission.directory / "server.json"
-    child = subprocess.Popen(
-        words,
-        cwd=rundir.ROOT,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    address.unlink(missing_ok=True)  # a killed service's: it would pass for ready
+    said = submission.directory / "service.log"
+    with open(said, "w", encoding="utf-8") as output:
+        child = subprocess.Popen(
+            words, cwd=rundir.ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
     began, terminal = time.time(), sys.stdout.isatty()
     try:
         while child.poll() is None and not address.exists():
@@ -80,8 +80,8 @@ def _serve(submission, words: list[str], environment: dict[str, str]) -> int:
     if terminal:
         print()
     if not address.exists():
-        print(child.stderr.read().strip(), file=sys.stderr)
-        return child.wait()
+        print(said.read_text(encoding="utf-8").strip(), file=sys.stderr)
+        return child.returncode
     print(f"deploy: {report.one_line(submission.directory)}", flush=True)
     return DONE
 

@@ -121,6 +121,8 @@ def plan(request: Request, stage: str, pending: tuple[str, ...] = ()) -> Submiss
     found: list[str] = []
     facts = {"MODEL": request.model}
     if stage == "data":
+        if request.args.get(stage):
+            found.append("ARGS: data has no upstream tool to take them; DATA= names the source")
         facts["SOURCE"] = relative(Path(request.data)) if request.data else "python"
         if request.data and not Path(request.data).exists():
             found.append(f"DATA={request.data}: no such file or folder; give a .txt or .jsonl file, or a folder of them")

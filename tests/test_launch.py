@@ -29,6 +29,7 @@ from scripts import report, rundir, submission
         ("pretrain", {"GPUS": "x"}, ["GPUS=x"]),
         ("pipeline", {"ARGS": "--training.steps 1"}, ["ARGS", "PRETRAIN_ARGS"]),
         ("pretrain", {"ARGS": "--x 'open"}, ["ARGS", "quotation"]),
+        ("data", {"ARGS": "--x"}, ["ARGS", "DATA="]),
         ("data", {"DATA": "/no/such.txt"}, ["DATA=/no/such.txt", "no such file"]),
         ("finetune", {"FROM": "/no/such", "DATA": "{sets}"}, ["/no/such", "no such directory"]),
         ("finetune", {"DATA": "{sets}"}, ["needs a model", "make pretrain", "FROM="]),
