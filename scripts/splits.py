@@ -95,6 +95,7 @@ def split(corpus: Corpus) -> Splits:
         )
     held_preferences = [_preference(q, a, _others(rng, test_answers, a, 1)[0]) for q, a in test_pairs]
     rng.shuffle(training_documents)
+    rng.shuffle(train_sft)  # packing keeps the file's order: neighbours by name would share a row and a batch
     return Splits(
         sets={
             "text.jsonl": [{"text": d} for d in training_documents],
