@@ -173,9 +173,7 @@ def hand_over(weights: Path, assets: Path, model: Path) -> dict:
     """
     complete(weights, assets)
     for path in weights.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)  # torchtitan leaves the same weights once more under sharded/
-        elif path.name.startswith("adapter_"):
+        if path.name.startswith("adapter_"):
             path.unlink()  # merged already: transformers would apply a LoRA adapter a second time
     found = problems(weights)
     if found:
@@ -184,6 +182,7 @@ def hand_over(weights: Path, assets: Path, model: Path) -> dict:
     for path in weights.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())  # a power cut after the rename must not leave empty files
+        path.chmod(0o644)  # some writers make files that only their owner can read
     if model.exists():
         shutil.rmtree(model)  # an attempt that was killed between this rename and stage.json
     os.replace(weights, model)

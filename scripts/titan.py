@@ -120,18 +120,34 @@ def train(stage: Stage) -> None:
     _report_progress(stage, trainer)
     try:
         trainer.train()
-        trainer.checkpointer.dcp_save(
-            trainer.checkpointer.states["model"].state_dict(), str(stage.directory / "export"), _no_async(), to_hf=True
-        )
+        export(trainer, stage.directory / "export")
     finally:
         trainer.close()
     dist.destroy_process_group()
 
 
-def _no_async():
-    from torchtitan.components.checkpoint import AsyncMode
+def export(trainer, directory: Path) -> None:
+    """Write the trained weights as Hugging Face safetensors, from rank 0.
 
-    return AsyncMode.DISABLED
+    torchtitan's own export reorders the heads of sharded tensors and fails where the number of heads does not divide
+    by the number of shards ("Cannot unflatten unevenly sharded tensor"); so each tensor is gathered first, one at a
+    time, and only rank 0 keeps it, in main memory.
+    """
+    import torch.distributed as dist
+    from huggingface_hub import save_torch_state_dict
+    from torchtitan.config import TORCH_DTYPE_MAP
+
+    dtype = TORCH_DTYPE_MAP[trainer.job_config.checkpoint.export_dtype]
+    whole = {}
+    for name, tensor in trainer.checkpointer.states["model"].state_dict().items():
+        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        if dist.get_rank() == 0:
+            whole[name] = tensor.detach().to("cpu", dtype)
+    if dist.get_rank() == 0:
+        weights = trainer.checkpointer.sd_adapter.to_hf(whole)
+        directory.mkdir()
+        save_torch_state_dict({name: tensor.contiguous() for name, tensor in weights.items()}, directory)
+    dist.barrier()
 
 
 def _register(stage: Stage) -> None:

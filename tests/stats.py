@@ -6,7 +6,7 @@ import math
 
 def samples(evaluation, task):
     """Rows that lm-eval logged for a task of an evaluate stage, by document order."""
-    file = max((evaluation / "results").rglob(f"samples_{task}_*.jsonl"))
+    file = max((evaluation / "results").rglob(f"samples_{task}_2*.jsonl"))
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     return sorted(rows, key=lambda row: row["doc_id"])
 

@@ -69,7 +69,6 @@ def test_hand_over_completes_verifies_and_renames(model, tmp_path):
     weights.mkdir()
     (model / "model.safetensors").rename(weights / "model.safetensors")
     write_safetensors(weights / "adapter_model.safetensors", ["x"])
-    (weights / "sharded").mkdir()
     result = modeldir.hand_over(weights, model, tmp_path / "out")
     out = tmp_path / "out"
     assert not weights.exists()
