@@ -58,7 +58,7 @@ def torchtune_on_cpu() -> None:
 
     training.get_memory_stats = memory.get_memory_stats = lambda *_, **__: {}
     training.log_memory_stats = memory.log_memory_stats = lambda *_, **__: None
-    torch.cpu.empty_cache = lambda: None
+    torch.cpu.empty_cache = torch.cpu.reset_peak_memory_stats = lambda *_: None
     _sum_reduction_on_gloo()
 
 

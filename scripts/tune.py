@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 import re
 import sys
 from pathlib import Path
@@ -162,6 +163,8 @@ TYPES: dict[str, Any] = {
 
 def _report_progress(stage: Stage, recipe) -> None:
     """Pass each logged step on to the parent, which shows it with the time left."""
+    if os.environ["RANK"] != "0":
+        return  # distributed recipes have a logger on rank 0 alone
     logger = recipe._metric_logger
     upstream, total = logger.log_dict, recipe.total_epochs * recipe._steps_per_epoch
 
