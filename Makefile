@@ -73,7 +73,7 @@ test-all: .venv/installed ## Every test, the whole line included
 	@.venv/bin/python -m pytest -q tests
 lint: .venv/installed ## ruff, shellcheck, vermin
 	@.venv/bin/python -m ruff check . && .venv/bin/python -m ruff format --check .
-	@.venv/bin/shellcheck requirements/*.sh .ci/run
+	@.venv/bin/shellcheck -x requirements/*.sh .ci/run
 	@.venv/bin/vermin -q --no-tips --violations -t=3.9- $(addprefix scripts/,$(addsuffix .py,$(LAUNCHER)))
 lock: ## Resolve requirements/*.in anew into *.lock
 	@sh requirements/lock.sh

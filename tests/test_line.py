@@ -140,7 +140,7 @@ def test_served_log_probabilities_are_the_models(demo):
     reference = transformers_logits(directory, ids).log_softmax(-1)
     differences = [abs(s - reference[i, ids[i + 1]].item()) for i, s in enumerate(served)]
     print(f"vLLM prompt log-probabilities differ by at most {max(differences):.2e}")
-    assert max(differences) < 1e-3
+    assert max(differences) < 1e-4
 
 
 CHAT = [{"role": "system", "content": "Be brief. "}, {"role": "user", "content": "What does\n<b> io & {{ x }} do? ünïcödé"}]
