@@ -22,7 +22,8 @@ def launch(request: Request, stage: str) -> int:
     """Start one stage, or say that it is done. Returns an exit code."""
     submission = plan(request, stage, pending=("data",))
     unprepared = stage in (*TRAINED, "evaluate") and not prepared_data(request)
-    if unprepared and (request.data or not record(stage_dir(request.run, "data"))):
+    given = request.data and request.verb != "pipeline"  # a pipeline has run its data stage already
+    if unprepared and (given or not record(stage_dir(request.run, "data"))):
         code = launch(request, "data")
         if code:
             return code
@@ -46,13 +47,14 @@ def launch(request: Request, stage: str) -> int:
         raise InputError(
             f"{stage} of run {request.run} is running already; make status RUN={request.run}, or make stop RUN={request.run}"
         )
-    write(submission)
-    return CLUSTERS[request.cluster].submit(submission)
+    cluster = CLUSTERS[request.cluster]
+    write(submission, cluster.command_line(submission))
+    return cluster.submit(submission)
 
 
-def write(submission: Submission) -> None:
-    """Write the submission."""
-    for name, text in {**submission.files, "submitted.txt": CLUSTERS["local"].command_line(submission) + "\n"}.items():
+def write(submission: Submission, submitted: str) -> None:
+    """Write the submission, and the line that starts it by hand."""
+    for name, text in {**submission.files, "submitted.txt": submitted + "\n"}.items():
         path = submission.directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
         rundir.write_atomic(path, text)

@@ -5,6 +5,7 @@ Standard library only, Python 3.9 or newer. Nothing is written here.
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,12 +57,14 @@ def read_request(verb: str, env: dict[str, str]) -> Request:
     """Parse and check every option. Raises InputError with all problems at once."""
     found: list[str] = []
     get = lambda name, default="": env.get(name, "").strip() or default  # noqa: E731
+    path = lambda name: os.path.expanduser(get(name))  # noqa: E731  sh leaves ~ alone behind NAME=
     model, cluster = get("MODEL", "debug"), get("CLUSTER", "local")
     run = get("RUN", model)
     found += rundir.check_run_name(run)
-    models = sorted({p.stem for stage in STAGES for p in (CONFIGS / stage).glob("*.*")} | folder_names(CONFIGS / "models"))
+    configs = {p.stem for stage in STAGES for p in (CONFIGS / stage).glob("*.*") if p.name.count(".") == 1}
+    models = sorted(configs | folder_names(CONFIGS / "models"))
     if model not in models and verb in (*STAGES, "pipeline"):
-        found.append(f"MODEL={model}: unknown; known: {', '.join(m for m in models if '.' not in m)} (configs/<stage>/<model>.*)")
+        found.append(f"MODEL={model}: unknown; known: {', '.join(models)} (configs/<stage>/<model>.*)")
     if cluster not in CLUSTERS:
         found.append(f"CLUSTER={cluster}: not yet; known: {', '.join(CLUSTERS)}")
     counts = {}
@@ -95,12 +98,12 @@ def read_request(verb: str, env: dict[str, str]) -> Request:
         nodes=counts["NODES"],
         gpus=counts["GPUS"],
         args=args,
-        data=get("DATA"),
-        source=get("FROM"),
+        data=path("DATA"),
+        source=path("FROM"),
         stage=get("STAGE"),
         bind=get("BIND", "127.0.0.1"),
         port=get("PORT", "8000"),
-        api_key_file=get("API_KEY_FILE"),
+        api_key_file=path("API_KEY_FILE"),
         force=get("FORCE") not in ("", "0"),
         dry_run=get("DRY_RUN") not in ("", "0"),
     )
@@ -170,8 +173,8 @@ def _input_model(request: Request, stage: str, pending: tuple[str, ...]) -> Path
     """FROM, or the newest model before this stage in the run, finished or about to be."""
     if stage == "data":
         return None
-    if request.source:
-        return Path(request.source)
+    if request.source and (request.verb != "pipeline" or stage == "pretrain"):
+        return Path(request.source)  # a pipeline starts from it; its later stages follow on
     before = TRAINED[: TRAINED.index(stage)] if stage in TRAINED else TRAINED
     for name in reversed(before):
         if name in pending or record(stage_dir(request.run, name)):

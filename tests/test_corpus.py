@@ -135,3 +135,15 @@ def test_too_little_text_says_how_much_is_needed(tmp_path):
     (tmp_path / "a.txt").write_text("One sentence is here. Another sentence is there.")
     with pytest.raises(InputError, match="too small"):
         split(user_files(tmp_path / "a.txt"))
+
+
+def test_a_conversation_longer_than_the_context_is_named(tmp_path):
+    from scripts.tokenizer import tokenize
+
+    (tmp_path / "book.txt").write_text(BOOK)
+    sets = split(user_files(tmp_path / "book.txt")).sets
+    assert tokenize(sets, {"vocab": 512, "context": 512}, tmp_path / "fits")["vocabulary"] <= 512
+    with pytest.raises(
+        InputError, match=r"longer than the model's context of 16; shorten or remove the one that begins 'What comes"
+    ):
+        tokenize(sets, {"vocab": 512, "context": 16}, tmp_path / "short")

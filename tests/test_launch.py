@@ -16,6 +16,7 @@ from scripts import report, rundir, submission
     ("verb", "options", "words"),
     [
         ("pretrain", {"MODEL": "gpt5"}, ["MODEL=gpt5", "known:", "debug"]),
+        ("pretrain", {"MODEL": "debug.floors"}, ["MODEL=debug.floors"]),
         ("pretrain", {"CLUSTER": "mars"}, ["CLUSTER=mars", "not yet", "local"]),
         ("train", {}, ["train", "unknown", "pretrain"]),
         ("clean", {"RUN": "x", "STAGE": "serve"}, ["STAGE=serve", "deploy"]),
@@ -78,6 +79,12 @@ def test_golden_dry_runs(name):
 def test_every_target_has_a_dry_run(verb, model):
     out = dry_run(verb, {"RUN": "x", "FROM": str(model), "FORCE": "1"})
     assert "stage.env" in out
+
+
+def test_a_pipeline_starts_from_FROM_and_then_follows_on(model):
+    out = dry_run("pipeline", {"RUN": "x", "FROM": str(model), "FORCE": "1"})
+    inputs = [line.split("=")[1] for line in out.splitlines() if line.startswith("FROM=")]
+    assert inputs == [str(model), "runs/x/pretrain/model", "runs/x/finetune/model", "runs/x/align/model", "runs/x/align/model"]
 
 
 def test_arguments_pass_through_make_intact():

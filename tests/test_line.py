@@ -305,6 +305,15 @@ def test_a_users_own_conversations_go_through_the_line(folder, tmp_path):
     assert re.search(r"answered \S", out)
 
 
+def test_pretraining_goes_on_from_a_model(demo):
+    """FROM= in pretrain: the first loss is the model's, not a random one's (8.1)."""
+    from scripts.titan import loss_curve
+
+    arguments = "--training.steps 3 --metrics.log_freq 1 --lr_scheduler.warmup_steps 1"
+    make("pretrain", RUN="on", FROM=str(demo["run"] / "pretrain/model"), DATA=str(demo["run"] / "data"), ARGS=arguments)
+    assert loss_curve(demo["runs"] / "on/pretrain/metrics")[0][1] < 5.5
+
+
 def test_lora_finetuning_hands_on_a_merged_model(demo):
     """The same stage with LoRA by arguments alone; no adapter files are handed on."""
     lora = "recipe=lora_finetune model=scripts.architecture.torchtune_lora_model model.lora_attn_modules=[q_proj,v_proj] "
