@@ -266,7 +266,7 @@ def test_two_processes_learn_the_same(demo, scores):
     choice, error = mean_and_error(metric(evaluation, "relay_choice", "acc_mutual_info"))
     one, one_error = mean_and_error(scores["finetune"]["choice"])
     print(f"two processes: {bits:.3f} bits, choice {choice:.3f}; one: {scores['finetune']['bits']:.3f}, {one:.3f}")
-    assert abs(bits - scores["finetune"]["bits"]) < 0.05 * scores["finetune"]["bits"]
+    assert abs(bits - scores["finetune"]["bits"]) < 0.08 * scores["finetune"]["bits"]
     assert abs(choice - one) <= 3 * (error**2 + one_error**2) ** 0.5
 
 
