@@ -8,7 +8,7 @@ CLUSTER ?= local
 export RUN MODEL CLUSTER NODES GPUS FROM DATA ARGS STAGE DRY_RUN FORCE BIND PORT API_KEY_FILE PROMPT RUNS
 export PRETRAIN_ARGS FINETUNE_ARGS ALIGN_ARGS EVALUATE_ARGS DEPLOY_ARGS
 
-LAUNCHER = launch submission local report rundir modeldir errors chat stage progress
+LAUNCHER = launch submission local report rundir modeldir preflight errors chat stage progress
 LAUNCH := $(PYTHON) -m scripts.launch
 VENV    = $(if $(or $(DRY_RUN),$(filter-out local,$(CLUSTER))),,.venv/installed)
 

@@ -12,8 +12,7 @@ import sys
 from pathlib import Path
 
 from scripts import rundir
-from scripts.titan import loss_curve
-from tests.stats import mcnemar_p, mean_and_error, metric, paired_t
+from tests.stats import loss_curve, mcnemar_p, mean_and_error, metric, paired_t
 
 TASKS = "--tasks relay_text,relay_choice,relay_choice_shuffled,relay_preference"
 

@@ -3,19 +3,17 @@
 python -m scripts.deploy runs/<run>/deploy
 """
 
-import os
-import sys
 import threading
 
-from scripts import modeldir, report, rundir, service
+from scripts import modeldir, preflight, report, rundir, service
 from scripts.errors import InputError
-from scripts.stage import Stage, run
+from scripts.stage import Stage, die_with_parent, run
 
 
 def main(stage: Stage) -> dict:
     """The gate, the port, the key; then vLLM, with server.json while it answers. Ends by a signal or a fault."""
     model, bind, port = stage.path("FROM"), stage.facts["BIND"], stage.facts["PORT"]
-    found = modeldir.problems(model)
+    found = modeldir.problems(model) or preflight.memory_problems(modeldir.weight_bytes(model), "the weights")
     if "FORCE" not in stage.facts and not found:
         found += report.gate_problems(stage.directory.parent / "evaluate", model)
     found += service.port_problems(bind, port)
@@ -23,17 +21,15 @@ def main(stage: Stage) -> dict:
         raise InputError(found)
     address = stage.directory / "server.json"
     address.unlink(missing_ok=True)
-    env = {**os.environ, **service.environment(), "VLLM_API_KEY": service.api_key(stage)}
     threading.Thread(target=service.announce, args=(stage, address, rundir.describe(model)), daemon=True).start()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--config", str(stage.config)]
-    command += ["--model", str(model), "--served-model-name", stage.run, "--host", bind, "--port", port]
-    command += ["--middleware", "scripts.guard.Guard", *stage.arguments]
     try:
-        stage.command(command, env)
+        stage.ranks({**service.environment(), "VLLM_API_KEY": service.api_key(stage)})
     finally:
         address.unlink(missing_ok=True)
     raise RuntimeError(f"vLLM ended by itself; its words: {stage.log}")
 
 
+if __name__ == "__mp_main__":  # where vLLM spawns its engine: multiprocessing imports this file again there
+    die_with_parent()
 if __name__ == "__main__":
-    run(main)
+    run(main, service.serve)

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 
-from scripts import modeldir, report, rundir
+from scripts import modeldir, preflight, report, rundir
 from scripts.configcheck import against_dataclass
 from scripts.errors import InputError
 from scripts.stage import Stage, run
@@ -16,7 +16,7 @@ from scripts.stage import Stage, run
 def main(stage: Stage) -> dict:
     """Run lm-eval in one process, then hold its scores against the floors for exactly this model."""
     source, data = stage.path("FROM"), stage.path("DATA")
-    found = modeldir.problems(source)
+    found = modeldir.problems(source) or preflight.memory_problems(modeldir.weight_bytes(source), "the weights")
     if found:
         raise InputError(found)
     results = stage.scratch("results")

@@ -40,10 +40,16 @@ def launch(request: Request, stage: str) -> int:
     if record(submission.directory):
         print(f"{stage}: done already; {report.one_line(submission.directory)}")
         return DONE
-    if rundir.running(submission.directory):
-        if stage == "deploy":
-            print(f"deploy: serving already; {report.one_line(submission.directory)}")
-            return DONE
+    state = "running" if rundir.running(submission.directory) else ""
+    if state and stage == "deploy":
+        state = report.service_state(submission.directory)
+    if state == "serving":
+        print(f"deploy: serving already; {report.one_line(submission.directory)}")
+        return DONE
+    if state == "silent":
+        print("deploy: the service does not answer any more; starting it anew", flush=True)
+        CLUSTERS[request.cluster].stop(submission.directory)
+    elif state:
         raise InputError(
             f"{stage} of run {request.run} is running already; make status RUN={request.run}, or make stop RUN={request.run}"
         )

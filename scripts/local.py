@@ -45,8 +45,11 @@ def submit(submission) -> int:
         environment.pop(name, None)  # make's own; a make inside a stage would take them for its own
     if submission.stage == "deploy":
         return _serve(submission, words, environment)
-    child = subprocess.Popen(words, cwd=rundir.ROOT, env=environment, preexec_fn=lambda: die_with_parent(signal.SIGTERM))
-    # Ctrl-C is passed on once and waited for: the stage saves what it can, and says so by its exit code.
+    # In a session of its own: the terminal's Ctrl-C would reach the stage beside the one that is passed on, and a
+    # second one means: leave without saving. A closed terminal kills the launcher, and the stage saves and leaves.
+    child = subprocess.Popen(
+        words, cwd=rundir.ROOT, env=environment, start_new_session=True, preexec_fn=lambda: die_with_parent(signal.SIGTERM)
+    )
     handlers = {}
     for number in (signal.SIGINT, signal.SIGTERM):
         handlers[number] = signal.signal(number, lambda *_: child.send_signal(signal.SIGTERM))
@@ -55,7 +58,7 @@ def submit(submission) -> int:
         signal.signal(number, handler)
     if code == DONE:
         print(f"{submission.stage}: {report.one_line(submission.directory)}", flush=True)
-    return code
+    return code if code >= 0 else 128 - code  # as a shell tells of a signal
 
 
 def _serve(submission, words: list[str], environment: dict[str, str]) -> int:
@@ -67,12 +70,12 @@ def _serve(submission, words: list[str], environment: dict[str, str]) -> int:
         child = subprocess.Popen(
             words, cwd=rundir.ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
-    began, terminal = time.time(), sys.stdout.isatty()
+    began, terminal = time.monotonic(), sys.stdout.isatty()
     try:
         while child.poll() is None and not address.exists():
             time.sleep(0.2)
             if terminal:
-                print(f"\r  deploy: loading, {time.time() - began:.0f} s", end="", flush=True)
+                print(f"\r  deploy: loading, {time.monotonic() - began:.0f} s", end="", flush=True)
     except KeyboardInterrupt:
         child.terminate()
         child.wait()
@@ -87,9 +90,14 @@ def _serve(submission, words: list[str], environment: dict[str, str]) -> int:
 
 
 def stop(directory: Path) -> None:
-    """Ask the running stage to save and leave, and wait until its process is gone."""
+    """Ask the running stage to save and leave, and wait until its process is gone. A service has nothing to save: if
+    it has not left after half a minute, it is killed."""
     attempt = rundir.running(directory)
-    if attempt:
-        os.kill(attempt["pid"], signal.SIGTERM)
-        while rundir.process_start(attempt["pid"]) == attempt["process_start"]:
-            time.sleep(0.1)
+    if not attempt:
+        return
+    os.kill(attempt["pid"], signal.SIGTERM)
+    asked = time.monotonic()
+    while rundir.process_start(attempt["pid"]) == attempt["process_start"]:
+        time.sleep(0.1)
+        if directory.name == "deploy" and time.monotonic() - asked > 30:
+            os.kill(attempt["pid"], signal.SIGKILL)

@@ -131,6 +131,11 @@ def chat_template(directory: Path) -> str:
     return template if isinstance(template, str) else next(t["template"] for t in template if t["name"] == "default")
 
 
+def weight_bytes(directory: Path) -> int:
+    """Size of the directory's weights."""
+    return sum((directory / name).stat().st_size for name in weight_files(directory))
+
+
 def parameter_count(directory: Path) -> int:
     """Parameters in the directory's weights, from the headers alone."""
     total = 0

@@ -13,10 +13,7 @@ from scripts.stage import Stage, run
 
 
 def main(stage: Stage) -> dict:
-    """Around the ranks: only whole checkpoints before, the Hugging Face directory after."""
-    from scripts.titan import keep_whole_checkpoints
-
-    keep_whole_checkpoints(stage.directory / "checkpoints")
+    """Around the ranks: a tokenizer and an architecture before, the Hugging Face directory after."""
     assets = stage.path("FROM") if "FROM" in stage.facts else compose_assets(stage)
     export = stage.scratch("export")
     stage.ranks({"RELAY_ASSETS": str(assets)})

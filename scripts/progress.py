@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 
@@ -10,10 +11,10 @@ class Progress:
     """One line on the terminal: what is done, how fast, how long still. A new line now and then in a log file."""
 
     def __init__(self, name: str):
-        self.name, self.began, self.shown, self.first = name, time.time(), 0.0, None
+        self.name, self.shown, self.first = name, float("-inf"), None
 
     def __call__(self, numbers: dict) -> None:
-        now, terminal = time.time(), sys.stdout.isatty()
+        now, terminal = time.monotonic(), sys.stdout.isatty()
         if "total" not in numbers or (now - self.shown < (0.2 if terminal else 10) and numbers["step"] < numbers["total"]):
             return
         self.shown = now
@@ -23,8 +24,17 @@ class Progress:
         loss = f"  loss {numbers['loss']:.3f}" if "loss" in numbers else ""
         speed = f"  {numbers['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in numbers else ""
         line = f"  {self.name} {numbers['step']:.0f}/{numbers['total']:.0f}{loss}{speed}{left}"
-        print(f"\r{line:<78}" if terminal else line, end="" if terminal else "\n", flush=True)
+        self._print(f"\r{line:<78}" if terminal else line, end="" if terminal else "\n")
+
+    def line(self, sentence: str) -> None:
+        """Show a sentence that stays."""
+        self._print(f"\r  {self.name}: {sentence}")
 
     def end(self) -> None:
-        if self.shown and sys.stdout.isatty():
-            print(flush=True)
+        if self.first and sys.stdout.isatty():
+            self._print("")
+
+    @staticmethod
+    def _print(text: str, end: str = "\n") -> None:
+        with contextlib.suppress(OSError):  # the terminal is gone, or its reader: that must not end the stage
+            print(text, end=end, flush=True)

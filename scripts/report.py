@@ -6,6 +6,7 @@ Standard library only; reads run directories, nothing else.
 from __future__ import annotations
 
 import time
+import urllib.request
 from pathlib import Path
 
 from scripts import rundir
@@ -23,6 +24,10 @@ def result(directory: Path) -> str:
     if directory.name == "deploy":
         server = read_json(directory / "server.json")
         return f"http://{server['bind']}:{server['port']}/v1" if server and rundir.running(directory) else ""
+    if not summary and directory.exists():
+        summary = read_json(directory / "progress.json") or {}
+        loss = f", loss {summary['loss']:.3f}" if "loss" in summary else ""
+        return f"step {summary['step']} of {summary['total']}{loss}" if summary else ""
     return f"loss {summary['loss']:.3f}" if "loss" in summary else ""
 
 
@@ -38,7 +43,7 @@ def seconds(directory: Path) -> str:
         server = read_json(directory / "server.json")
         return f"{server['ready_seconds']:.0f}" if server else ""
     history = rundir.attempts(directory) if directory.exists() else []
-    total = sum(a["ended"] - a["started"] for a in history if "ended" in a)
+    total = sum(a.get("seconds", 0) for a in history)
     return f"{total:.0f}" if total else ""
 
 
@@ -46,6 +51,18 @@ def one_line(directory: Path) -> str:
     """What stands behind a finished stage's name on the terminal."""
     parts = [f"{seconds(directory)} s", f"{speed(directory)} tokens/s" if speed(directory) else "", result(directory)]
     return ", ".join(p for p in parts if p)
+
+
+def service_state(directory: Path) -> str:
+    """Of a running deploy: "loading", "serving", or "silent" when it was ready once and /health does not answer."""
+    server = read_json(directory / "server.json")
+    if not server:
+        return "loading"
+    try:
+        with urllib.request.urlopen(f"http://{server['host']}:{server['port']}/health", timeout=5):
+            return "serving"
+    except OSError:
+        return "silent"
 
 
 def table(run: str) -> str:
@@ -58,7 +75,7 @@ def table(run: str) -> str:
         directory = stage_dir(run, stage)
         state = rundir.status(directory)
         if stage == "deploy" and state == "running":
-            state = "serving" if read_json(directory / "server.json") else "loading"
+            state = service_state(directory)
         rows.append((stage, state, seconds(directory), speed(directory), result(directory)))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [

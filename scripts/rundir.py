@@ -51,11 +51,15 @@ def check_run_name(run: str) -> list[str]:
 def write_atomic(path: Path, text: str, mode: int = 0o644) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def dump_json(value: Any) -> str:
@@ -172,6 +176,7 @@ def begin_attempt(directory: Path) -> dict:
         "process_start": process_start(os.getpid()),
         "job": os.environ.get("RELAY_JOB", ""),
         "started": time.time(),
+        "monotonic": time.monotonic(),  # durations must not depend on a clock that can be set back
     }
     path = directory / "attempts" / f"{attempt['attempt']}.json"
     if not current:
@@ -191,9 +196,14 @@ def begin_attempt(directory: Path) -> dict:
     )
 
 
+def seconds_since(attempt: dict) -> float:
+    """How long an attempt of this process has run."""
+    return round(time.monotonic() - attempt["monotonic"], 1)
+
+
 def end_attempt(directory: Path, attempt: dict, exit_code: int, error: str = "") -> None:
     """Record how an attempt ended; the next one may begin."""
-    attempt.update(ended=time.time(), exit=exit_code, error=error)
+    attempt.update(ended=time.time(), seconds=seconds_since(attempt), exit=exit_code, error=error)
     write_atomic(directory / "attempts" / f"{attempt['attempt']}.json", dump_json(attempt))
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import sys
 import time
 import urllib.request
 from importlib import metadata
 from pathlib import Path
 
 from scripts import rundir
-from scripts.stage import Stage
+from scripts.errors import InputError
+from scripts.stage import Stage, die_with_parent
 
 ALL_INTERFACES = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104  where to reach a server bound to them
 
@@ -55,9 +57,34 @@ def api_key(stage: Stage) -> str:
     return path.read_text().strip()
 
 
+def serve(stage: Stage) -> None:
+    """vLLM's own command line, in a process of which no part outlives the stage."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name)  # vLLM counts its own
+    os.register_at_fork(after_in_child=die_with_parent)
+    sys.argv = ["vllm", "serve", str(stage.path("FROM")), "--config", str(stage.config), "--served-model-name", stage.run]
+    sys.argv += [
+        "--host",
+        stage.facts["BIND"],
+        "--port",
+        stage.facts["PORT"],
+        "--middleware",
+        "scripts.guard.Guard",
+        *stage.arguments,
+    ]
+    from vllm.entrypoints.cli.main import main as vllm
+
+    try:
+        vllm()
+    except SystemExit as end:
+        if end.code == 2:  # argparse has said which argument and why
+            raise InputError(f"{stage.config} with ARGS={stage.arguments}: vLLM refuses them; its words: {stage.log}") from None
+        raise
+
+
 def announce(stage: Stage, address: Path, model: dict) -> None:
     """Write server.json as soon as /health answers."""
-    bind, port, began = stage.facts["BIND"], stage.facts["PORT"], time.time()
+    bind, port, began = stage.facts["BIND"], stage.facts["PORT"], time.monotonic()
     host = ALL_INTERFACES.get(bind, f"[{bind}]" if ":" in bind else bind)
     while True:
         try:
@@ -72,6 +99,6 @@ def announce(stage: Stage, address: Path, model: dict) -> None:
         "name": stage.run,
         "model": model,
         "forced": "FORCE" in stage.facts,
-        "ready_seconds": round(time.time() - began, 1),
+        "ready_seconds": round(time.monotonic() - began, 1),
     }
     rundir.write_atomic(address, rundir.dump_json(content))

@@ -9,6 +9,7 @@ so the parent reads the error files that ranks leave and decides:
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -48,8 +49,10 @@ class Stage:
         self.nodes = int(os.environ.get("PET_NNODES", "1"))
         self.processes = int(os.environ.get("PET_NPROC_PER_NODE", "1"))
         self.attempt: dict = {}
-        self.progress: dict = {}
+        self.progress: dict = rundir.read_json(self.directory / "progress.json") or {}  # an earlier attempt's, until its own
+        self.training = False  # ranks are between their first step and their end: they look for stop_file
         self.stop_requested = False
+        self._child: subprocess.Popen | None = None
 
     def path(self, fact: str) -> Path:
         """The path that a fact names; relative facts are relative to the repository."""
@@ -73,18 +76,25 @@ class Stage:
         return content
 
     @property
+    def attempt_number(self) -> int:
+        """This attempt's number, from 1."""
+        return self.attempt.get("attempt") or int(os.environ["RELAY_ATTEMPT"])
+
+    @property
     def log(self) -> Path:
-        """The log of the newest attempt."""
-        number = self.attempt.get("attempt") or len(rundir.attempts(self.directory))
-        return self.directory / "logs" / f"attempt-{number}.log"
+        """The log of this attempt."""
+        return self.directory / "logs" / f"attempt-{self.attempt_number}.log"
+
+    @property
+    def stop_file(self) -> Path:
+        """Exists while the ranks of this attempt are asked to save and leave."""
+        return self.directory / "attempts" / f"{self.attempt_number}.stop"
 
     def scratch(self, name: str) -> Path:
         """An empty working directory inside the stage, never handed on under this name."""
         path = self.directory / name
         shutil.rmtree(path, ignore_errors=True)
         return path
-
-    # --- the parent ---
 
     def ranks(self, extra: dict[str, str] | None = None, cwd: Path = rundir.ROOT) -> None:
         """Run this stage script as ranks, through torchrun unless there is exactly one, and wait.
@@ -136,44 +146,58 @@ class Stage:
             for line in child.stdout:
                 mark = line.find(MARK)
                 if mark < 0:
-                    log.write(line)
-                    log.flush()
-                else:
-                    self.progress.update(json.loads(line[mark + len(MARK) :]))
-                    show(self.progress)
+                    with contextlib.suppress(OSError):  # a full disk: read on, or the ranks wait for ever
+                        log.write(line)
+                        log.flush()
+                    continue
+                said = json.loads(line[mark + len(MARK) :])
+                if "say" in said:
+                    show.line(said.pop("say"))
+                self.training |= "step" in said
+                self.progress.update(said)
+                show(self.progress)
+                with contextlib.suppress(OSError):
+                    rundir.write_atomic(self.directory / "progress.json", rundir.dump_json(self.progress))
             code = child.wait()
             show.end()
         errors = sorted(
             (json.loads(p.read_text()) for p in self.directory.glob(f"logs/error-{self.attempt['attempt']}-*.json")),
             key=lambda e: e["time"],
         )
-        if self.stop_requested:
+        self.stop_file.unlink(missing_ok=True)
+        if self.stop_requested and (code == 0 or not self.training):
             raise Stopped
         if errors and errors[0]["problems"]:
             raise InputError(errors[0]["problems"])
         if code != 0:
             first = f"rank {errors[0]['rank']}: {errors[0]['error']}" if errors else _how_it_ended(code)
-            raise RankFailed(f"{first}\n\nlast lines of {self.log}:\n{tail(self.log)}")
+            raise RankFailed(f"{first}{self.full_disk()}\n\nlast lines of {self.log}:\n{tail(self.log)}")
+
+    def full_disk(self) -> str:
+        """A sentence where there is no space left: tools say it in many ways, torch with "unexpected pos"."""
+        free = shutil.disk_usage(self.directory).free
+        if free > 32 << 20:
+            return ""
+        return f"\n{self.directory}: no space left ({free >> 20} MiB): free some, then the same command goes on"
 
     def stop(self, number: int, frame: object) -> None:
-        """Signal handler: ask the ranks to leave, once."""
-        if self.stop_requested:
-            return
+        """Signal handler. Ranks that train are asked to save and leave; whatever has nothing to save is ended, and
+        so is everything at the second signal."""
+        child, first = self._child, not self.stop_requested
         self.stop_requested = True
-        child = getattr(self, "_child", None)
         if child is None or child.poll() is not None:
-            raise Stopped
-        os.killpg(child.pid, signal.SIGTERM)
+            if first:
+                raise Stopped
+        elif first and self.training:
+            rundir.write_atomic(self.stop_file, "")
+            with contextlib.suppress(OSError):  # os.write: the signal may have come in the middle of a print
+                os.write(1, f"\n{self.name}: saving at the end of this step; once more to leave without\n".encode())
+        else:
+            self.training = False
+            os.killpg(child.pid, signal.SIGTERM if first else signal.SIGKILL)
 
-    # --- a rank ---
 
-    def report(self, **numbers: float) -> None:
-        """Tell the parent a rank's progress: step, total, loss, tokens_per_second. Rank 0 alone speaks."""
-        if os.environ.get("RANK", "0") == "0":
-            print(MARK + json.dumps(numbers), flush=True)
-
-
-def run(main: Callable[[Stage], dict], rank: Callable[[Stage], None] | None = None) -> None:
+def run(main: Callable[[Stage], dict], rank: Callable | None = None) -> None:
     """Entry point of a stage script: `python -m scripts.<stage> runs/<run>/<stage>`. Exits, never returns.
 
     `main` returns what goes into stage.json: {"inputs": {…}, "outputs": {…}, "summary": {…}}.
@@ -181,13 +205,12 @@ def run(main: Callable[[Stage], dict], rank: Callable[[Stage], None] | None = No
     if len(sys.argv) != 2 or not Path(sys.argv[1], "stage.env").exists():
         print(f"usage: python -m scripts.<stage> runs/<run>/<stage> (with its stage.env); got {sys.argv[1:]}", file=sys.stderr)
         sys.exit(WRONG_INPUT)
-    stage = Stage(Path(sys.argv[1]))
     if "RANK" in os.environ:
-        _run_rank(stage, rank)
+        from scripts.rank import run_rank
+
+        run_rank(Path(sys.argv[1]), rank)
         return
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, stage.stop)
-    code, error = DONE, ""
+    stage = Stage(Path(sys.argv[1]))
     try:
         stage.attempt = rundir.begin_attempt(stage.directory)
     except InputError as problem:
@@ -196,7 +219,11 @@ def run(main: Callable[[Stage], dict], rank: Callable[[Stage], None] | None = No
     except OSError as problem:
         print(f"{stage.name}: cannot write {stage.directory}: {problem.strerror}; mend its permissions", file=sys.stderr)
         sys.exit(WRONG_INPUT)
+    code, error = DONE, ""
+    stops = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     try:
+        for number in stops:
+            signal.signal(number, stage.stop)
         result = main(stage)
         _finish(stage, result)
     except InputError as problem:
@@ -206,31 +233,14 @@ def run(main: Callable[[Stage], dict], rank: Callable[[Stage], None] | None = No
     except RankFailed as fault:
         code, error = 1, str(fault)
     except Exception:
-        code, error = 1, traceback.format_exc()
-    rundir.end_attempt(stage.directory, stage.attempt, code, error)
-    if error:
-        print(f"\n{stage.name}: {error}", file=sys.stderr)
+        code, error = 1, traceback.format_exc() + stage.full_disk()
+    for number in stops:
+        signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(OSError):  # a full disk: the process is gone all the same, and the next attempt may begin
+        rundir.end_attempt(stage.directory, stage.attempt, code, error)
+    with contextlib.suppress(OSError):
+        print(f"\n{stage.name}: {error}" if error else "", file=sys.stderr, end="\n" if error else "")
     sys.exit(code)
-
-
-def _run_rank(stage: Stage, rank: Callable[[Stage], None]) -> None:
-    """Run one rank; leave its error where the parent looks."""
-    die_with_parent()
-    try:
-        rank(stage)
-    except BaseException as error:
-        if isinstance(error, SystemExit) and error.code in (0, None):
-            return
-        number = os.environ["RANK"]
-        content = {
-            "rank": number,
-            "time": time.time(),
-            "error": f"{type(error).__name__}: {error}",
-            "problems": error.problems if isinstance(error, InputError) else [],
-        }
-        path = stage.directory / "logs" / f"error-{os.environ['RELAY_ATTEMPT']}-{number}.json"
-        rundir.write_atomic(path, json.dumps(content))
-        raise
 
 
 def _finish(stage: Stage, result: dict) -> None:
@@ -245,7 +255,7 @@ def _finish(stage: Stage, result: dict) -> None:
         "attempts": len(history),
         "started": history[0]["started"],
         "ended": time.time(),
-        "seconds": round(time.time() - stage.attempt["started"], 1),
+        "seconds": rundir.seconds_since(stage.attempt),
         "versions": rundir.versions(),
         "git_commit": rundir.git_commit(),
         **result,

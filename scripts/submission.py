@@ -5,14 +5,15 @@ Standard library only, Python 3.9 or newer. Nothing is written here.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scripts import local, modeldir, report, rundir
+from scripts import local, modeldir, preflight, report, rundir
 from scripts.errors import InputError
-from scripts.rundir import ROOT, STAGES, TRAINED, dump_json, record, relative, stage_dir
+from scripts.rundir import ROOT, STAGES, TRAINED, dump_json, read_json, record, relative, stage_dir
 
 CLUSTERS = {"local": local}
 CONFIGS = ROOT / "configs"
@@ -152,6 +153,7 @@ def plan(request: Request, stage: str, pending: tuple[str, ...] = ()) -> Submiss
         facts |= {"BIND": request.bind, "PORT": request.port}
         found += _check_service(request, facts, model, pending)
     if stage in TRAINED:
+        found += _disk_problems(submission, model)
         facts |= {"NODES": str(request.nodes), "GPUS": str(request.gpus)}
     found += CLUSTERS[request.cluster].problems(submission)
     if found:
@@ -199,6 +201,16 @@ def _add_config(submission: Submission, stage: str, model: str) -> list[str]:
             return [f"{relative(floors)}: missing; deploy needs to know which scores pass"]
         submission.files["floors.json"] = floors.read_text(encoding="utf-8")
     return []
+
+
+def _disk_problems(submission: Submission, model: Path | None) -> list[str]:
+    """Whether the run's disk can hold the model that will be handed on (2 bytes a parameter at least)."""
+    text = submission.files.get("architecture.json")
+    try:
+        architecture = json.loads(text) if text else read_json(model / "config.json")
+        return preflight.disk_problems(submission.directory, 2 * preflight.parameters(architecture), "the model")
+    except (KeyError, TypeError, ValueError, InputError):
+        return []  # no architecture to count: said elsewhere
 
 
 def _check_service(request: Request, facts: dict[str, str], model: Path | None, pending: tuple[str, ...]) -> list[str]:

@@ -4,32 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
-import shutil
 from pathlib import Path
 
+from scripts import preflight
+from scripts.checkpoint import misfit, newest_whole
 from scripts.configcheck import against_dataclass
 from scripts.errors import InputError
+from scripts.rank import Rank
 from scripts.rundir import read_json
-from scripts.stage import Stage
 
 SPEC = "relay"  # the names under which the run's model and text are registered with torchtitan
 
 
-def keep_whole_checkpoints(folder: Path) -> None:
-    """Remove step folders that were cut short, and the folder if nothing is left.
-
-    torchtitan takes a folder that exists but holds no whole step for a fresh start and trains from random
-    weights without a word, even with an initial_load_path. `.metadata` is written last, so it tells.
-    """
-    for step in folder.glob("step-*") if folder.exists() else []:
-        if not (step / ".metadata").exists():
-            shutil.rmtree(step)
-    if folder.exists() and not any(folder.glob("step-*")):
-        shutil.rmtree(folder)
-
-
-def overrides(stage: Stage) -> list[str]:
+def overrides(stage: Rank) -> list[str]:
     """What the run decides, as torchtitan's own flags; the user's flags follow and win."""
     flags = {
         "model.name": SPEC,
@@ -39,7 +26,7 @@ def overrides(stage: Stage) -> list[str]:
         "training.dataset_path": str(stage.path("DATA") / "text.jsonl"),
         "job.dump_folder": str(stage.directory),
         "checkpoint.folder": "checkpoints",
-        "metrics.save_tb_folder": "metrics",
+        "metrics.save_tb_folder": f"metrics/attempt-{stage.attempt_number}",
     }
     if stage.facts.get("FROM"):
         flags["checkpoint.initial_load_path"] = str(stage.path("FROM"))
@@ -49,7 +36,7 @@ def overrides(stage: Stage) -> list[str]:
     return given + stage.arguments
 
 
-def load_config(stage: Stage):
+def load_config(stage: Rank):
     """torchtitan's JobConfig from the frozen TOML, the run and the user's arguments.
 
     Raises InputError with every unknown section, unknown key and wrong type at once.
@@ -73,7 +60,7 @@ def load_config(stage: Stage):
         ) from None
 
 
-def check(stage: Stage, config) -> None:
+def check(stage: Rank, config) -> None:
     """What torchtitan would find out late or not at all. Raises InputError with everything at once."""
     from scripts.architecture import read_architecture
 
@@ -93,8 +80,26 @@ def check(stage: Stage, config) -> None:
         )
     if not config.checkpoint.enable or config.checkpoint.last_save_model_only:
         found.append("checkpoint.enable must be true and last_save_model_only false: else a killed run starts at step 0")
+    if 0 < config.checkpoint.keep_latest_k < 3:
+        found.append("checkpoint.keep_latest_k must be 0 (all) or at least 3: the one being written counts, two stay whole")
+    found += _needs(stage, config, world)
     if found:
         raise InputError(found)
+
+
+def _needs(stage: Rank, config, world: int) -> list[str]:
+    """Disk and memory for float32 weights, gradients and Adam's two moments: 4 bytes each a parameter, sharded."""
+    import torch
+
+    count = preflight.parameters(read_json(_assets() / "config.json"))
+    copies = config.checkpoint.keep_latest_k or config.training.steps // config.checkpoint.interval + 1
+    what = f"{copies} checkpoints and the model"
+    found = preflight.disk_problems(stage.directory, count * (12 * copies + 4), what, ["checkpoints"])
+    share = count * 16 * max(1, config.parallelism.data_parallel_replicate_degree) / world
+    if torch.cuda.is_available():
+        free = torch.cuda.mem_get_info(int(os.environ["LOCAL_RANK"]))[0]
+        return found + preflight.memory_problems(share, "training on each GPU", free)
+    return found + preflight.memory_problems(share * stage.processes, "training here")
 
 
 def _assets() -> Path:
@@ -102,7 +107,7 @@ def _assets() -> Path:
     return Path(os.environ["RELAY_ASSETS"])
 
 
-def train(stage: Stage) -> None:
+def train(stage: Rank) -> None:
     """One rank, whole: check, train to the last step from the newest whole checkpoint, export."""
     from scripts import compat
 
@@ -111,19 +116,59 @@ def train(stage: Stage) -> None:
     config = load_config(stage)
     check(stage, config)
     _register(stage)
+    folder, newest = stage.directory / "checkpoints", None
+    if os.environ["RANK"] == "0":  # the other ranks wait for this one where they meet
+        newest = newest_whole(folder, stage.say)
     import torch.distributed as dist
     from torchtitan.tools.logging import init_logger
-    from torchtitan.train import Trainer
 
     init_logger()
-    trainer = Trainer(config)
+    trainer = _trainer_class(stage)(config)
+    if newest is not None:
+        _check_fit(folder / f"step-{newest}", trainer)
     _report_progress(stage, trainer)
     try:
         trainer.train()
-        export(trainer, stage.directory / "export")
+        if not trainer.left:
+            export(trainer, stage.directory / "export")
     finally:
         trainer.close()
     dist.destroy_process_group()
+
+
+def _trainer_class(stage: Rank) -> type:
+    """torchtitan's trainer, which says where it starts and leaves when the stage is asked to: every rank at the
+    same step, with a checkpoint of it. torchtitan 0.2.2 has no hook for either."""
+    from torchtitan.train import Trainer
+
+    class StoppableTrainer(Trainer):
+        first, left = None, False  # the step it starts from; whether it left before the last
+
+        def should_continue_training(self) -> bool:
+            if self.first is None:
+                self.first = self.step
+                stage.report(step=self.step, total=self.job_config.training.steps)
+            if not super().should_continue_training():
+                return False
+            if not stage.asked_to_stop():
+                return True
+            # Written over, a whole checkpoint would be torn by a kill: not the one loaded, nor one just saved.
+            if self.step != self.first and not self.checkpointer._should_save(self.step):
+                self.checkpointer.save(self.step, last_step=True)
+            self.checkpointer._async_wait()
+            self.left = True
+            return False
+
+    return StoppableTrainer
+
+
+def _check_fit(step: Path, trainer) -> None:
+    """Raises InputError if a checkpoint was made by another model or by another number of ranks: torchtitan would
+    fail inside its loader, or start the data anew."""
+    model = {name: tuple(value.shape) for part in trainer.model_parts for name, value in part.state_dict().items()}
+    found = misfit(step, model, "dataloader.dp_rank_", trainer.dataloader.dp_world_size)
+    if found:
+        raise InputError(found)
 
 
 def export(trainer, directory: Path) -> None:
@@ -150,7 +195,7 @@ def export(trainer, directory: Path) -> None:
     dist.barrier()
 
 
-def _register(stage: Stage) -> None:
+def _register(stage: Rank) -> None:
     """Make torchtitan know the run's model and text under the name SPEC."""
     from datasets import load_dataset
     from torchtitan.hf_datasets import DatasetConfig
@@ -169,7 +214,7 @@ def _register(stage: Stage) -> None:
     )
 
 
-def _report_progress(stage: Stage, trainer) -> None:
+def _report_progress(stage: Rank, trainer) -> None:
     """Pass each logged step on to the parent, which shows it with the time left."""
     metrics = trainer.metrics_processor
     upstream = metrics.log
@@ -182,16 +227,3 @@ def _report_progress(stage: Stage, trainer) -> None:
         stage.report(step=step, total=trainer.job_config.training.steps, loss=round(loss, 4), tokens_per_second=round(speed))
 
     metrics.log = log
-
-
-def loss_curve(folder: Path) -> list[tuple[int, float]]:
-    """(step, loss) of every logged step, from the TensorBoard events under metrics/; a later attempt's value wins."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    points: dict[int, float] = {}
-    for file in sorted(folder.rglob("events.out.tfevents.*"), key=lambda p: p.stat().st_mtime):
-        events = EventAccumulator(str(file)).Reload()
-        for tag in events.Tags()["scalars"]:
-            if re.search(r"(^|/)(global_avg_loss|loss)$", tag):
-                points.update((e.step, e.value) for e in events.Scalars(tag))
-    return sorted(points.items())

@@ -11,13 +11,15 @@ import sys
 from pathlib import Path
 from typing import Any, Optional
 
-from scripts import rundir
+from scripts import preflight, rundir
 from scripts.configcheck import against_signature, unknown, wrong_type
 from scripts.errors import InputError
 from scripts.modeldir import hand_over, problems, weight_files
+from scripts.rank import Rank
+from scripts.rundir import read_json
 from scripts.stage import Stage
 
-OWN_KEYS = {"recipe"}  # ours, beside torchtune's: which stock recipe the config is for
+OWN_KEYS = {"recipe", "save_every_n_steps"}  # ours, beside torchtune's: the stock recipe, and how often it saves
 
 
 def main(stage: Stage) -> dict:
@@ -26,9 +28,8 @@ def main(stage: Stage) -> dict:
     found = problems(source)
     if found:
         raise InputError(found)
-    checkpoints = stage.scratch("checkpoints")
     stage.ranks()
-    newest = max(checkpoints.glob("epoch_*"), key=lambda p: int(p.name.split("_")[1]))
+    newest = max((stage.directory / "checkpoints").glob("epoch_*"), key=lambda p: int(p.name.split("_")[1]))
     for leftover in newest.glob("*.pt"):
         leftover.unlink()  # adapters as pickle: only safetensors go between stages
     for part in newest.glob("adapter_*"):
@@ -41,13 +42,16 @@ def main(stage: Stage) -> dict:
     }
 
 
-def train(stage: Stage, dataset: str) -> None:
+def train(stage: Rank, dataset: str) -> None:
     """One rank, whole: configuration, checks, the recipe. `dataset` is the file of DATA to train on."""
     from scripts import compat
 
     compat.torchtune_on_cpu()
+    compat.checkpoints_without_collectives()
     import torch.distributed as dist
     from torchtune.training import get_distributed_backend
+
+    from scripts.tune_resume import Resumable
 
     cfg = load_config(stage, dataset)
     recipe_class = find_recipe(cfg.recipe, stage.nodes * stage.processes)
@@ -56,12 +60,15 @@ def train(stage: Stage, dataset: str) -> None:
         dist.init_process_group(get_distributed_backend(cfg.device))
     recipe = recipe_class(cfg=cfg)
     recipe.setup(cfg=cfg)
+    batches = Resumable(stage, recipe, cfg.get("save_every_n_steps") or 0)
+    batches.resume()
     _report_progress(stage, recipe)
     recipe.train()
+    batches.wait()
     recipe.cleanup()
 
 
-def load_config(stage: Stage, dataset: str):
+def load_config(stage: Rank, dataset: str):
     """The frozen YAML, then what the run decides, then the user's key=value arguments. Raises InputError."""
     from omegaconf import OmegaConf
     from torchtune.config._parse import TuneRecipeArgumentParser
@@ -76,7 +83,7 @@ def load_config(stage: Stage, dataset: str):
         "model.model_dir": str(source),
         "tokenizer.path": str(source),
         "dataset.data_files": str(stage.path("DATA") / dataset),
-        "metric_logger.log_dir": str(stage.directory / "metrics"),
+        "metric_logger.log_dir": str(stage.directory / "metrics" / f"attempt-{stage.attempt_number}"),
     }
     try:
         parser = TuneRecipeArgumentParser()
@@ -111,18 +118,34 @@ def find_recipe(name: str, world: int) -> type:
     )
 
 
-def check(stage: Stage, cfg, recipe_class: type) -> None:
+def check(stage: Rank, cfg, recipe_class: type) -> None:
     """Unknown keys, wrong types and missing components, all at once: torchtune ignores a misspelt key."""
     found = [f"{stage.config}: {problem}" for problem in wrong_keys(cfg, recipe_class)]
     if found:
-        raise InputError(found)
+        raise InputError(found)  # what follows trusts types
     rows = Path(cfg.dataset.data_files).read_text(encoding="utf-8").count("\n")
     batch = cfg.batch_size * stage.nodes * stage.processes
     if rows < batch:
-        raise InputError(
+        found.append(
             f"{cfg.dataset.data_files}: {rows} rows are less than one batch of {batch} "
             "(batch_size × processes); give more DATA, or a smaller batch_size"
         )
+    found += _needs(stage, cfg)
+    if found:
+        raise InputError(found)
+
+
+def _needs(stage: Rank, cfg) -> list[str]:
+    """Disk and memory: weights, and unless adapters alone are trained, gradients and Adam's two moments."""
+    from torchtune.training import get_dtype
+
+    weights = preflight.parameters(read_json(stage.path("FROM") / "config.json")) * get_dtype(cfg.dtype).itemsize
+    full = cfg.recipe.startswith("full")
+    reference = weights if cfg.recipe.startswith("full_dpo") else 0
+    share = (weights * (4 if full else 1) + reference) / stage.nodes
+    disk = weights * cfg.epochs + (3 * 3 * weights if full else 0)
+    found = preflight.disk_problems(stage.directory, disk, "checkpoints and the model", ["checkpoints"])
+    return found + (preflight.memory_problems(share, "training here") if cfg.device == "cpu" else [])
 
 
 def wrong_keys(cfg, recipe_class: type) -> list[str]:
@@ -155,18 +178,20 @@ def wrong_keys(cfg, recipe_class: type) -> list[str]:
 # Types of the recipes' own keys, as the configs that torchtune ships use them (recipes/configs/).
 TYPES: dict[str, Any] = {
     **dict.fromkeys(("batch_size", "epochs", "gradient_accumulation_steps", "log_every_n_steps"), int),
-    **dict.fromkeys(("max_steps_per_epoch", "seed"), Optional[int]),
+    **dict.fromkeys(("max_steps_per_epoch", "seed", "save_every_n_steps"), Optional[int]),
     **dict.fromkeys(("shuffle", "compile", "resume_from_checkpoint", "optimizer_in_bwd", "log_peak_memory_stats"), bool),
     **dict.fromkeys(("output_dir", "device", "dtype", "recipe"), str),
 }
 
 
-def _report_progress(stage: Stage, recipe) -> None:
+def _report_progress(stage: Rank, recipe) -> None:
     """Pass each logged step on to the parent, which shows it with the time left."""
+    total = recipe.total_epochs * recipe._steps_per_epoch
+    stage.report(step=recipe.global_step, total=total)
     if os.environ["RANK"] != "0":
         return  # distributed recipes have a logger on rank 0 alone
     logger = recipe._metric_logger
-    upstream, total = logger.log_dict, recipe.total_epochs * recipe._steps_per_epoch
+    upstream = logger.log_dict
 
     def log_dict(payload, step):
         upstream(payload, step)

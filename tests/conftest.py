@@ -63,3 +63,27 @@ def model(tmp_path) -> Path:
     write_safetensors(directory / "model.safetensors", layers)
     assert modeldir.problems(directory) == []
     return directory
+
+
+# --- the line itself ---
+
+
+def lacking(what: str):
+    """Skip a lane that this machine cannot run; in CI, where lanes are required, fail."""
+    (pytest.fail if os.environ.get("LANES") == "required" else pytest.skip)(what)
+
+
+def make(*targets: str, timeout: int = 1200, **options: str) -> subprocess.CompletedProcess:
+    """make as a user calls it; fails the test with its whole output where it fails."""
+    words = ["make", "-s", *targets, *(f"{k}={v}" for k, v in options.items())]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    assert result.returncode == 0, f"{words}\n{result.stdout[-4000:]}\n{result.stderr[-6000:]}"
+    return result
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """All runs of this file, under a path with a space."""
+    path = tmp_path_factory.mktemp("the line") / "my runs"
+    os.environ["RUNS"] = str(path)
+    return path

@@ -1,7 +1,8 @@
-"""The few statistics by which a model is said to have learned something, on lm-eval's logged samples."""
+"""What runs left behind, read for tests and benches: lm-eval's logged samples and their statistics, loss curves."""
 
 import json
 import math
+from pathlib import Path
 
 
 def samples(evaluation, task):
@@ -35,3 +36,21 @@ def mcnemar_p(before, after):
 def metric(evaluation, task, name):
     """A task's per-item values of one metric."""
     return [row[name] for row in samples(evaluation, task)]
+
+
+def loss_curve(folder: Path) -> list[tuple[int, float]]:
+    """(step, loss) of every logged step of a stage, from the TensorBoard events under its metrics/attempt-<n>/; a
+    later attempt's value wins."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
+    attempt = lambda path: int(path.relative_to(folder).parts[0].partition("-")[2])  # noqa: E731  clocks can go back
+    points: dict[int, float] = {}
+    for file in sorted(folder.rglob("events.out.tfevents.*"), key=attempt):
+        events = EventAccumulator(str(file), {"scalars": 0, "tensors": 0}).Reload()  # 0: every step, not a sample
+        tags = events.Tags()
+        for tag in {"loss", "loss_metrics/global_avg_loss"}.intersection(tags["scalars"]):
+            points.update((e.step, e.value) for e in events.Scalars(tag))
+        for tag in {"loss"}.intersection(tags["tensors"]):  # torchtune's writer
+            points.update((e.step, make_ndarray(e.tensor_proto).item()) for e in events.Tensors(tag))
+    return sorted(points.items())

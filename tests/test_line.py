@@ -13,9 +13,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, make
 from seam import assert_same_logits, transformers_logits
-from stats import mcnemar_p, mean_and_error, metric, paired_t, samples
+from stats import loss_curve, mcnemar_p, mean_and_error, metric, paired_t, samples
 
 from scripts import rundir
 from scripts.chat_tokenizer import ChatTokenizer
@@ -43,22 +43,6 @@ def tree_memory(root: int) -> int:
             except (OSError, AttributeError):
                 continue
     return total
-
-
-def make(*targets: str, timeout: int = 1200, **options: str) -> subprocess.CompletedProcess:
-    """make as a user calls it; fails the test with its whole output where it fails."""
-    words = ["make", "-s", *targets, *(f"{k}={v}" for k, v in options.items())]
-    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
-    assert result.returncode == 0, f"{words}\n{result.stdout[-4000:]}\n{result.stderr[-6000:]}"
-    return result
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """All runs of this file, under a path with a space."""
-    path = tmp_path_factory.mktemp("the line") / "my runs"
-    os.environ["RUNS"] = str(path)
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -307,8 +291,6 @@ def test_a_users_own_conversations_go_through_the_line(folder, tmp_path):
 
 def test_pretraining_goes_on_from_a_model(demo):
     """FROM= in pretrain: the first loss is the model's, not a random one's (8.1)."""
-    from scripts.titan import loss_curve
-
     arguments = "--training.steps 3 --metrics.log_freq 1 --lr_scheduler.warmup_steps 1"
     make("pretrain", RUN="on", FROM=str(demo["run"] / "pretrain/model"), DATA=str(demo["run"] / "data"), ARGS=arguments)
     assert loss_curve(demo["runs"] / "on/pretrain/metrics")[0][1] < 5.5

@@ -1,0 +1,61 @@
+"""What a stage will need of the machine, before it starts to work. Lower bounds, from the architecture alone:
+activations and caches come on top.
+
+Standard library only: the launcher asks about the disk, the job about its own memory.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+GB = 1e9
+
+
+def parameters(config: Mapping[str, Any]) -> int:
+    """Parameters of a Llama from its config.json: embeddings, output, and in each layer four attention
+    projections, three of the feed-forward and two norms."""
+    dim, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
+    head = config.get("head_dim") or dim // heads
+    attention = 2 * dim * head * (heads + config.get("num_key_value_heads", heads))
+    layer = attention + 3 * dim * config["intermediate_size"] + 2 * dim
+    embeddings = config["vocab_size"] * dim * (1 if config.get("tie_word_embeddings") else 2)
+    return embeddings + layers * layer + dim
+
+
+def disk_problems(directory: Path, need: float, what: str, parts: Sequence[str] = ()) -> list[str]:
+    """Whether `need` bytes fit where `directory` is or will be; what its `parts` hold already counts as there."""
+    need -= sum(file.stat().st_size for part in parts for file in (directory / part).rglob("*") if file.is_file())
+    while not directory.exists():
+        directory = directory.parent
+    free = shutil.disk_usage(directory).free
+    if need <= free:
+        return []
+    sizes = f"{what} will need {need / GB:.2f} GB, {free / GB:.2f} are free"
+    return [f"{directory}: {sizes}; free some, or choose another place with RUNS="]
+
+
+def memory_problems(need: float, what: str, free: float | None = None) -> list[str]:
+    """Whether `need` bytes fit into this process's memory: the machine's, or its control group's if that is less."""
+    free = free_memory() if free is None else free
+    if need <= free:
+        return []
+    sizes = f"{what} will need at least {need / GB:.2f} GB of memory, {free / GB:.2f} are free"
+    return [f"{sizes}; take a larger machine or a smaller model"]
+
+
+def free_memory() -> int:
+    """Bytes of main memory that this process may still take (proc(5) MemAvailable, cgroup v2 memory.max)."""
+    meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
+    free = int(re.search(r"MemAvailable:\s+(\d+) kB", meminfo)[1]) * 1024
+    group = Path("/sys/fs/cgroup", Path("/proc/self/cgroup").read_text(encoding="utf-8").rpartition("::")[2].strip().lstrip("/"))
+    for folder in (group, *group.parents):
+        limit, used = folder / "memory.max", folder / "memory.current"
+        if limit.exists() and (text := limit.read_text().strip()) != "max":
+            free = min(free, int(text) - int(used.read_text()))
+        if folder == Path("/sys/fs/cgroup"):
+            break
+    return free

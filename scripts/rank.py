@@ -1,0 +1,76 @@
+"""One rank of a stage: what it tells its parent, and how the ranks of a stage leave together."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from scripts import rundir
+from scripts.errors import InputError
+from scripts.stage import MARK, Stage, die_with_parent
+
+
+class Left(Exception):
+    """The rank has saved and leaves, because the stage was asked to stop."""
+
+
+class Rank(Stage):
+    """A stage as one of its ranks sees it."""
+
+    _agreement = None
+
+    def report(self, **numbers: float) -> None:
+        """Tell the parent: step, total, loss, tokens_per_second. Rank 0 alone speaks. The first report of a step
+        says that from here on asked_to_stop is looked at."""
+        if os.environ["RANK"] == "0":
+            print(MARK + json.dumps(numbers), flush=True)
+
+    def say(self, sentence: str) -> None:
+        """Show the user a sentence; it stays in the log, too."""
+        print(sentence, MARK + json.dumps({"say": sentence}), sep="\n", flush=True)
+
+    def asked_to_stop(self) -> bool:
+        """Whether to save and leave now. Call it on every rank between the same two steps: rank 0 looks, a
+        broadcast makes all agree; over gloo, so that nobody waits for a GPU."""
+        asked = os.environ["RANK"] == "0" and self.stop_file.exists()
+        if os.environ["WORLD_SIZE"] == "1":
+            return asked
+        import torch
+        import torch.distributed as dist
+
+        self._agreement = self._agreement or dist.new_group(backend="gloo")
+        answer = torch.tensor(int(asked))
+        dist.broadcast(answer, 0, group=self._agreement)
+        return bool(answer)
+
+
+def run_rank(directory: Path, work: Callable[[Rank], None]) -> None:
+    """Do a rank's work; leave its error where the parent looks."""
+    die_with_parent()
+    rank, number = Rank(directory), os.environ["RANK"]
+    attempt = rundir.read_json(rank.directory / "attempts" / f"{rank.attempt_number}.json")
+    if attempt["host"] == socket.gethostname() and not rundir.alive(attempt):
+        sys.exit("the stage script died while this rank was started")  # before it could ask for the signal
+    try:
+        work(rank)
+    except Left:
+        return
+    except BaseException as error:
+        if isinstance(error, SystemExit) and error.code in (0, None):
+            return
+        content = {
+            "rank": number,
+            "time": time.time(),
+            "error": f"{type(error).__name__}: {error}",
+            "problems": error.problems if isinstance(error, InputError) else [],
+        }
+        path = rank.directory / "logs" / f"error-{rank.attempt_number}-{number}.json"
+        with contextlib.suppress(OSError):  # a full disk must not hide the error
+            rundir.write_atomic(path, json.dumps(content))
+        raise

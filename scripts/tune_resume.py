@@ -1,0 +1,141 @@
+"""Step-level saves and exact resume around torchtune's pinned recipes, which save once an epoch and forget the data's
+position. Nothing of a recipe is copied: its dataloader is stood in for, and between two of its batches all is at rest.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.utils.data import DataLoader
+
+from scripts import checkpoint
+from scripts.errors import InputError
+from scripts.rank import Left, Rank
+
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # under LoRA the adapters alone
+
+
+class Resumable:
+    """A recipe's dataloader: the same batches, from the step where an earlier attempt left, with a save every
+    `every` steps (0: none) and when the stage is asked to stop."""
+
+    def __init__(self, rank: Rank, recipe: Any, every: int):
+        self.inner, self.recipe, self.rank, self.every = recipe._dataloader, recipe, rank, every
+        self.folder = rank.directory / "checkpoints"
+        self.saving, self.random = None, None
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        recipe._dataloader = self
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)  # the recipes use its sampler and its state_dict
+
+    def __iter__(self) -> Iterator:
+        recipe = self.recipe
+        batches_per_step, steps = recipe._gradient_accumulation_steps, recipe._steps_per_epoch
+        done = recipe.global_step - recipe.epochs_run * steps
+        batches = islice(iter(self.inner.batch_sampler), done * batches_per_step, steps * batches_per_step)
+        loader = iter(DataLoader(self.inner.dataset, batch_sampler=batches, collate_fn=self.inner.collate_fn))
+        if self.random is not None:
+            restore_random(self.random)  # after the loader, which draws a number itself
+            self.random = None
+        before = recipe.global_step
+        for batch in loader:
+            yield batch
+            if recipe.global_step != before:
+                before = recipe.global_step
+                self._between_steps(before)
+
+    def _between_steps(self, step: int) -> None:
+        asked = self.rank.asked_to_stop()
+        if asked or (self.every and step % self.every == 0):
+            self.save(step)
+        if asked:
+            self.wait()
+            raise Left
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on."""
+        recipe = self.recipe
+        optimizers = [recipe._optimizer] if recipe._optimizer else list(recipe._optim_ckpt_wrapper.optim_map.values())
+        return {
+            "model": get_model_state_dict(recipe._model, options=TRAINED),
+            "optimizer": get_optimizer_state_dict(recipe._model, optimizers, options=TRAINED),
+            "schedule": recipe._lr_scheduler.state_dict() if recipe._lr_scheduler else {},
+            "progress": {"step": recipe.global_step, "epochs": recipe.epochs_run},
+            f"random-{os.environ['RANK']}": random_state(),
+        }
+
+    def save(self, step: int) -> None:
+        """Write checkpoints/step-<n> behind the training's back; the two whole ones before it stay until it is whole."""
+        self.wait()
+        options = {"process_group": self.group} if self.group else {}
+        self.saving = dcp.async_save(self.state(), checkpoint_id=self.folder / f"step-{step}", **options)
+
+    def wait(self) -> None:
+        """Until the save under way is on the disk. Raises what went wrong with it."""
+        if self.saving is not None:
+            self.saving.result()
+            self.saving = None
+            if os.environ["RANK"] == "0":
+                checkpoint.prune(self.folder)
+
+    def resume(self) -> None:
+        """Take up the newest whole checkpoint, if there is one, and remove what later steps had exported.
+
+        Raises InputError if it is damaged and the only one, or another model's or number of ranks'.
+        """
+        recipe, first = self.recipe, os.environ["RANK"] == "0"
+        newest = [checkpoint.newest_whole(self.folder, self.rank.say) if first else None]
+        if self.group:
+            dist.broadcast_object_list(newest, 0, group=self.group)
+        if newest[0] is not None:
+            self._load(self.folder / f"step-{newest[0]}")
+        for epoch in self.folder.glob("epoch_*") if first else []:
+            if int(epoch.name.partition("_")[2]) >= recipe.epochs_run:
+                shutil.rmtree(epoch)
+
+    def _load(self, step: Path) -> None:
+        recipe, state = self.recipe, self.state()
+        model = {f"model.{name}": value.shape for name, value in state["model"].items()}
+        found = checkpoint.misfit(step, model, "random-", int(os.environ["WORLD_SIZE"]))
+        if found:
+            raise InputError(found)
+        dcp.load(state, checkpoint_id=step, process_group=self.group, no_dist=self.group is None)
+        optimizers = [recipe._optimizer] if recipe._optimizer else list(recipe._optim_ckpt_wrapper.optim_map.values())
+        set_model_state_dict(recipe._model, state["model"], options=TRAINED)
+        set_optimizer_state_dict(recipe._model, optimizers, state["optimizer"], options=TRAINED)
+        if recipe._lr_scheduler:
+            recipe._lr_scheduler.load_state_dict(state["schedule"])
+        recipe.global_step, recipe.epochs_run = state["progress"]["step"], state["progress"]["epochs"]
+        self.random = state[f"random-{os.environ['RANK']}"]
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """The states of torch's generators: dropout must go on as if nothing had happened."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def restore_random(state: dict[str, torch.Tensor]) -> None:
+    """Inverse of random_state."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,291 @@
+"""The kill table of docs/operations.md: whatever dies, whenever, the same command completes, with the same result.
+
+One chain for each stage: each attempt is ended another way, the last one is left alone. What comes out must be bit for
+bit what an unbroken run gives: its weights, and the loss of every step.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, lacking, make
+from stats import loss_curve
+
+from scripts import checkpoint, rundir
+
+pytestmark = pytest.mark.slow
+
+TUNED = "epochs=2 max_steps_per_epoch=20 save_every_n_steps=4 log_every_n_steps=1"
+ARGS = {
+    "pretrain": "--training.steps 40 --checkpoint.interval 4 --metrics.log_freq 1 --lr_scheduler.warmup_steps 4",
+    "finetune": TUNED,
+    "align": "max_steps_per_epoch=40 save_every_n_steps=4 log_every_n_steps=1 model.lora_dropout=0.1",
+}
+
+
+@pytest.fixture(scope="module")
+def base(folder):
+    """Data, and an unbroken run of every stage on one process: run "whole"."""
+    make("data", RUN="whole")
+    for stage in rundir.TRAINED:
+        make(stage, **options("whole", stage))
+    return folder
+
+
+def options(run: str, stage: str, gpus: int = 1, **more: str) -> dict:
+    """What every attempt of a chain is called with; finetune and align start from the unbroken run's model."""
+    root = rundir.runs_root() / "whole"
+    source = {"finetune": {"FROM": str(root / "pretrain/model")}, "align": {"FROM": str(root / "finetune/model")}}
+    given = {"RUN": run, "DATA": str(root / "data"), "GPUS": str(gpus), "ARGS": ARGS[stage], **source.get(stage, {})}
+    return {**given, **more}
+
+
+class Attempt:
+    """One call of the launcher, and what hangs below it."""
+
+    def __init__(self, stage: str, **settings: str):
+        self.directory = rundir.runs_root() / settings["RUN"] / stage
+        self.before = rundir.attempts(self.directory) if self.directory.exists() else []
+        self.output = open(self.directory.parent.parent / f"{settings['RUN']}-{stage}.out", "a+")  # noqa: SIM115
+        command = [sys.executable, "-m", "scripts.launch", stage]
+        streams = {"stdout": self.output, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+        self.launcher = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **settings}, start_new_session=True, **streams)
+
+    def said(self) -> str:
+        self.output.seek(0)
+        return self.output.read()
+
+    def until(self, condition, seconds: float = 180, every: float = 0.02):
+        """Wait for something to be true while the attempt runs; returns it."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if found := condition():
+                return found
+            if self.launcher.poll() is not None:
+                break
+            time.sleep(every)
+        raise AssertionError(f"it did not come to that:\n{self.said()[-3000:]}")
+
+    def processes(self) -> dict:
+        """Pids of this attempt: launcher, stage, and below the stage torchrun and the ranks."""
+        attempt = rundir.running(self.directory)
+        found = {"launcher": self.launcher.pid, "stage": attempt["pid"], "ranks": []}
+        for pid in below(attempt["pid"]):
+            words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+            environment = Path(f"/proc/{pid}/environ").read_text()
+            if "torch.distributed.run" in words:
+                found["torchrun"] = pid
+            elif "\0RANK=" in environment or environment.startswith("RANK="):
+                found["ranks"].append(pid)
+        return found
+
+    def watched(self) -> dict:
+        """processes(), after noting everything that must be gone at the end."""
+        found = self.processes()
+        self.all = {pid: rundir.process_start(pid) for pid in [found["launcher"], found["stage"], *below(found["stage"])]}
+        return found
+
+    def end(self, seconds: float = 60) -> int:
+        """Wait for the launcher and for everything below the stage; returns the launcher's exit code."""
+        code = self.launcher.wait(seconds)
+        deadline = time.monotonic() + seconds
+        while alive := [pid for pid in self.all if rundir.process_start(pid) == self.all[pid]]:
+            assert time.monotonic() < deadline, f"still there: {alive}\n{self.said()[-3000:]}"
+            time.sleep(0.05)
+        return code
+
+
+def below(root: int) -> list[int]:
+    """Pids of all descendants of a process."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            children.setdefault(int(stat.read_text().rpartition(")")[2].split()[1]), []).append(int(stat.parent.name))
+    found, todo = [], [root]
+    while todo:
+        new = children.get(todo.pop(), [])
+        found += new
+        todo += new
+    return found
+
+
+def whole_steps(directory: Path) -> list[int]:
+    folder = directory / "checkpoints"
+    return [n for n in checkpoint.steps(folder) if (folder / f"step-{n}" / ".metadata").exists()]
+
+
+def attempt_until_saved(stage: str, **settings: str) -> tuple[Attempt, dict]:
+    """Start; wait until it has made a new checkpoint whole; returns it and its processes."""
+    directory = rundir.runs_root() / settings["RUN"] / stage
+    had = max(whole_steps(directory), default=0)
+    attempt = Attempt(stage, **settings)
+    attempt.until(lambda: max(whole_steps(directory), default=0) > had)
+    return attempt, attempt.watched()
+
+
+def kill(attempt: Attempt, found: dict, victim: str, number: int) -> int:
+    os.kill(found["ranks"][-1] if victim == "rank" else found[victim], number)
+    return attempt.end()
+
+
+WAYS = {  # victim, signal, exit code of the launcher, word of status
+    "kill -9 of the launcher": ("launcher", signal.SIGKILL, -9, "stopped"),
+    "kill -9 of the stage": ("stage", signal.SIGKILL, 137, "lost"),
+    "kill -9 of a rank": ("rank", signal.SIGKILL, 1, "failed"),
+    "kill -9 of torchrun": ("torchrun", signal.SIGKILL, 1, "failed"),
+    "SIGTERM to the stage": ("stage", signal.SIGTERM, 75, "stopped"),
+    "SIGUSR1 to the stage": ("stage", signal.SIGUSR1, 75, "stopped"),
+    "Ctrl-C": ("launcher", signal.SIGINT, 75, "stopped"),
+}
+
+
+def kill_during_first_save(stage: str, **settings: str) -> None:
+    """Freeze the rank the moment its first step folder appears, then kill the stage: nothing whole is there."""
+    directory = rundir.runs_root() / settings["RUN"] / stage
+    attempt = Attempt(stage, **settings)
+    attempt.until(lambda: rundir.status(directory) == "running" and rundir.read_json(directory / "progress.json"))
+    found = attempt.watched()
+    attempt.until(lambda: checkpoint.steps(directory / "checkpoints"), every=0.0005)
+    os.kill(found["ranks"][0], signal.SIGSTOP)
+    assert whole_steps(directory) == [], "the save was faster than the test"
+    kill(attempt, found, "stage", signal.SIGKILL)
+
+
+def kill_before_done(stage: str, **settings: str) -> None:
+    """Kill the stage when its model is there and stage.json is not."""
+    directory = rundir.runs_root() / settings["RUN"] / stage
+    attempt = Attempt(stage, **settings)
+    attempt.until(lambda: rundir.status(directory) == "running")
+    pid = rundir.running(directory)["pid"]
+    attempt.until((directory / "model").exists, every=0.0005)
+    os.kill(pid, signal.SIGKILL)
+    attempt.all = {}
+    assert attempt.end() == 137
+    assert not (directory / "stage.json").exists(), "it was done faster than the test"
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """The same weights, and the same loss at every step, in full precision."""
+    curves = [loss_curve(d / "metrics") for d in (one, other)]
+    assert [step for step, _ in curves[0]] == list(range(1, 41))
+    assert curves[0] == curves[1]
+    assert rundir.record(one)["outputs"]["model"]["digest"] == rundir.record(other)["outputs"]["model"]["digest"]
+
+
+@pytest.mark.parametrize("stage", rundir.TRAINED)
+def test_one_process(base, stage):
+    run, directory = "killed", base / "killed" / stage
+    settings = options(run, stage)
+    kill_during_first_save(stage, **settings)
+    for way in (w for w in WAYS if w != "kill -9 of torchrun"):
+        attempt, found = attempt_until_saved(stage, **settings)
+        victim, number, code, word = WAYS[way]
+        assert kill(attempt, found, victim, number) == code, f"{way}\n{attempt.said()[-3000:]}"
+        assert rundir.status(directory) == word, way
+        assert not (directory / "model").exists()
+    kill_before_done(stage, **settings)
+    make(stage, **settings)
+    assert_same(base / "whole" / stage, directory)
+    assert len(whole_steps(directory)) >= 2
+
+
+@pytest.mark.parametrize("stage", rundir.TRAINED)
+def test_two_processes(base, stage):
+    """The same with torchrun between the stage and its ranks; the loss is that of an unbroken run on two processes."""
+    make(stage, **options("pair", stage, 2))
+    run, directory = "killed-pair", base / "killed-pair" / stage
+    settings = options(run, stage, 2)
+    for way in ("kill -9 of torchrun", "SIGTERM to the stage", "kill -9 of a rank", "kill -9 of the stage"):
+        attempt, found = attempt_until_saved(stage, **settings)
+        assert len(found["ranks"]) == 2
+        victim, number, code, word = WAYS[way]
+        assert kill(attempt, found, victim, number) == code, f"{way}\n{attempt.said()[-3000:]}"
+        assert rundir.status(directory) == word, way
+    make(stage, **settings)
+    assert_same(base / "pair" / stage, directory)
+
+
+# --- stages that save nothing ---
+
+
+@pytest.mark.parametrize("stage", ["data", "evaluate"])
+def test_what_saves_nothing_starts_whole(base, stage):
+    settings = {"RUN": "killed"} if stage == "data" else options("killed", "align", FROM=str(base / "whole/align/model"), ARGS="")
+    directory = base / "killed" / stage
+    for way in ("kill -9 of the launcher", "kill -9 of the stage", "Ctrl-C", "kill -9 of a rank"):
+        victim, number, _, word = WAYS[way]
+        if stage == "data" and victim == "rank":
+            continue
+        attempt = Attempt(stage, **settings)
+        attempt.until(lambda: rundir.status(directory) == "running")
+        time.sleep(2)  # in the middle of it
+        kill(attempt, attempt.watched(), victim, number)
+        assert rundir.status(directory) == word, f"{way}\n{attempt.said()[-3000:]}"
+    make(stage, **settings)
+    assert rundir.status(directory) == "done"
+    if stage == "data":
+        one, other = (rundir.record(base / run / stage)["outputs"]["sets"]["digest"] for run in ("whole", "killed"))
+        assert one == other
+
+
+def test_a_service_that_died_is_replaced(base):
+    """Serving is said only while the process is there and /health answers; nothing of vLLM outlives the stage."""
+    settings = {"RUN": "served", "FROM": str(base / "whole/align/model"), "FORCE": "1", "PORT": "8031"}
+    directory = base / "served/deploy"
+    state = lambda: re.search(r"^deploy +(\w+|-)", make("status", RUN="served").stdout, re.M)[1]  # noqa: E731
+    for victim, number, word in (
+        ("stage", signal.SIGKILL, "lost"),
+        ("engine", signal.SIGKILL, "failed"),
+        ("stage", signal.SIGSTOP, ""),
+    ):
+        make("deploy", **settings)
+        assert state() == "serving"
+        pid = rundir.running(directory)["pid"]
+        family = {p: rundir.process_start(p) for p in [pid, *below(pid)]}
+        engine = [p for p in family if "EngineCore" in Path(f"/proc/{p}/cmdline").read_text()]
+        if number == signal.SIGSTOP:
+            for p in family:
+                os.kill(p, signal.SIGSTOP)
+            assert state() == "silent"
+            continue
+        os.kill(engine[0] if victim == "engine" else pid, number)
+        deadline = time.monotonic() + 60
+        while any(rundir.process_start(p) == start for p, start in family.items()):
+            assert time.monotonic() < deadline, "a part of vLLM outlives the stage"
+            time.sleep(0.1)
+        assert state() == word
+    assert "does not answer any more" in make("deploy", **settings).stdout
+    assert state() == "serving"
+    make("undeploy", RUN="served")
+    assert state() == "stopped"
+
+
+# --- a full disk ---
+
+
+def test_a_full_disk_during_a_save_loses_nothing(base, tmp_path, monkeypatch):
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120m", "tmpfs", str(tmp_path)], capture_output=True).returncode:
+        lacking("a small tmpfs needs root")
+    try:
+        data = options("full", "pretrain")
+        monkeypatch.setenv("RUNS", str(tmp_path))
+        directory, ballast = tmp_path / "full/pretrain", tmp_path / "ballast"
+        attempt = Attempt("pretrain", **data)
+        attempt.until(lambda: whole_steps(directory))
+        with contextlib.suppress(OSError), open(ballast, "wb") as file:
+            while True:
+                file.write(bytes(1 << 20))
+        assert attempt.launcher.wait(120) == 1
+        assert "no space left" in attempt.said()
+        assert "the same command goes on" in attempt.said()
+        ballast.unlink()
+        make("pretrain", **data)
+        assert_same(base / "whole/pretrain", directory)
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
