@@ -28,7 +28,7 @@ class Server:
         key = facts.get("API_KEY_FILE")
         self.url = f"http://{server['host']}:{server['port']}/v1/chat/completions"
         self.name = server["name"]
-        self.key = (rundir.ROOT / key if key else directory / "api-key").read_text().strip()
+        self.key = (rundir.from_fact(key) if key else directory / "api-key").read_text().strip()
 
 
 def ask(server: Server, messages: list[dict], max_tokens: int = 128) -> tuple[int, str]:

@@ -34,8 +34,8 @@ def torchtitan_on_cpu() -> None:
 
 def checkpoints_without_collectives() -> None:
     """On one rank, save without collectives. torch 2.13's dcp.save gathers plans through gloo even there; the threads
-     this leaves behind make libgomp stop spinning at its barriers, and every later step takes up to 60 % longer
-    . Goes when dcp.save skips collectives at world size 1 by itself."""
+    this leaves behind make libgomp stop spinning at its barriers, and every later step takes up to 60 % longer. Goes
+    when dcp.save skips collectives at world size 1 by itself."""
     import functools
     import os
 
@@ -44,6 +44,16 @@ def checkpoints_without_collectives() -> None:
     if os.environ["WORLD_SIZE"] == "1":
         dcp.save = functools.partial(dcp.save, no_dist=True)
         dcp.async_save = functools.partial(dcp.async_save, no_dist=True)
+
+
+def torchtitan_without_a_nap() -> None:
+    """torchtitan 0.2.2's rank 0 sleeps two seconds at its end "for other ranks to complete", on one rank, too, and on
+    every stop. Ours meet at a barrier instead. Goes when train() ends with one."""
+    import time
+
+    import torchtitan.train
+
+    torchtitan.train.time = types.SimpleNamespace(**{**vars(time), "sleep": lambda _: None})
 
 
 def torchtune_on_cpu() -> None:
@@ -85,3 +95,18 @@ def lm_eval_without_bundled_tasks(names: list[str] | None, local: Path) -> None:
 
     if set(names or ["bundled"]) <= {path.stem for path in local.glob("*.yaml")}:
         lm_eval.tasks.TaskManager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+
+
+def vllm_engine_by_fork() -> None:
+    """vLLM 0.32 starts its engine by spawn on a CPU, which pays every import a second time: 17 of 43 s. Nothing has run
+    in the API server by then, and with OMP_NUM_THREADS=1 no thread pool is lost, so a fork is safe. Goes when
+    `platforms/cpu.py` no longer overwrites VLLM_WORKER_MULTIPROC_METHOD."""
+    import multiprocessing
+    import os
+
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and os.environ.get("OMP_NUM_THREADS") == "1":
+        import vllm.v1.engine.utils
+
+        vllm.v1.engine.utils.get_mp_context = lambda: multiprocessing.get_context("fork")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import time
 
 from scripts import report, rundir
 from scripts.errors import DONE, WRONG_INPUT, InputError
@@ -41,8 +42,9 @@ def launch(request: Request, stage: str) -> int:
         print(f"{stage}: done already; {report.one_line(submission.directory)}")
         return DONE
     state = "running" if rundir.running(submission.directory) else ""
-    if state and stage == "deploy":
-        state = report.service_state(submission.directory)
+    if stage == "deploy":
+        while (state := report.service_state(submission.directory)) == "loading":
+            time.sleep(0.5)  # another launch of it, whose launcher may be gone
     if state == "serving":
         print(f"deploy: serving already; {report.one_line(submission.directory)}")
         return DONE
@@ -50,9 +52,7 @@ def launch(request: Request, stage: str) -> int:
         print("deploy: the service does not answer any more; starting it anew", flush=True)
         CLUSTERS[request.cluster].stop(submission.directory)
     elif state:
-        raise InputError(
-            f"{stage} of run {request.run} is running already; make status RUN={request.run}, or make stop RUN={request.run}"
-        )
+        raise InputError(rundir.already_running(submission.directory, rundir.running(submission.directory)))
     cluster = CLUSTERS[request.cluster]
     write(submission, cluster.command_line(submission))
     return cluster.submit(submission)
@@ -96,6 +96,7 @@ def show_dry_run(request: Request) -> None:
 
 def stop(request: Request) -> int:
     """Stop whatever of the run is running: state is saved where the stage can, the same command goes on."""
+    report.check_exists(request.run)
     stages = [s for s in STAGES if rundir.running(stage_dir(request.run, s)) and request.stage in ("", s)]
     if not stages:
         print(f"nothing of run {request.run} is running")

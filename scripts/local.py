@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from scripts import report, rundir
-from scripts.errors import DONE
+from scripts.errors import DONE, InputError
 from scripts.stage import die_with_parent
 
 
@@ -95,6 +96,8 @@ def stop(directory: Path) -> None:
     attempt = rundir.running(directory)
     if not attempt:
         return
+    if attempt["host"] != socket.gethostname():  # its pid names some other process here
+        raise InputError(rundir.already_running(directory, attempt))
     os.kill(attempt["pid"], signal.SIGTERM)
     asked = time.monotonic()
     while rundir.process_start(attempt["pid"]) == attempt["process_start"]:

@@ -12,7 +12,7 @@ import struct
 from pathlib import Path
 
 from scripts.errors import InputError
-from scripts.rundir import digest_tree, dump_json, read_json, relative, write_atomic
+from scripts.rundir import as_fact, digest_tree, dump_json, read_json, write_atomic
 
 ARCHITECTURES = ("LlamaForCausalLM",)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -183,7 +183,7 @@ def hand_over(weights: Path, assets: Path, model: Path) -> dict:
     found = problems(weights)
     if found:
         raise InputError(found)
-    result = {"path": relative(model), "digest": digest_tree(weights), "parameters": parameter_count(weights)}
+    result = {"path": as_fact(model), "digest": digest_tree(weights), "parameters": parameter_count(weights)}
     for path in weights.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())  # a power cut after the rename must not leave empty files

@@ -53,8 +53,17 @@ def one_line(directory: Path) -> str:
     return ", ".join(p for p in parts if p)
 
 
+def check_exists(run: str) -> None:
+    """Raises InputError naming the runs that there are."""
+    if not (rundir.runs_root() / run).is_dir():
+        known = sorted(p.name for p in rundir.runs_root().glob("*") if p.is_dir())
+        raise InputError(f"RUN={run}: no such run under {rundir.runs_root()}; there are: {', '.join(known) or 'none'}")
+
+
 def service_state(directory: Path) -> str:
-    """Of a running deploy: "loading", "serving", or "silent" when it was ready once and /health does not answer."""
+    """Of a deploy: "" where none runs, "loading", "serving", or "silent": it was ready once and /health does not answer."""
+    if not rundir.running(directory):
+        return ""
     server = read_json(directory / "server.json")
     if not server:
         return "loading"
@@ -67,9 +76,7 @@ def service_state(directory: Path) -> str:
 
 def table(run: str) -> str:
     """One line a stage: status, time, tokens/s, loss or score or address."""
-    if not (rundir.runs_root() / run).is_dir():
-        known = sorted(p.name for p in rundir.runs_root().glob("*") if p.is_dir())
-        raise InputError(f"RUN={run}: no such run under {rundir.runs_root()}; there are: {', '.join(known) or 'none'}")
+    check_exists(run)
     rows = [("stage", "status", "seconds", "tokens/s", "result")]
     for stage in STAGES:
         directory = stage_dir(run, stage)
@@ -90,7 +97,7 @@ def sample(run: str) -> int:
     from scripts import chat
 
     facts = rundir.read_env(stage_dir(run, "evaluate") / "stage.env")
-    question = read_json(rundir.ROOT / facts["DATA"] / "data.json")["sample"]
+    question = read_json(rundir.from_fact(facts["DATA"]) / "data.json")["sample"]
     print(f"\nasked    {question}\nanswered ", end="")
     return chat.ask(chat.Server(stage_dir(run, "deploy")), [{"role": "user", "content": question}])[0]
 
@@ -185,7 +192,7 @@ def _walk(directory: Path, depth: int, seen: set) -> list[str]:
     for name, item in sorted(_inputs(directory).items()):
         path, digest = Path(item["path"]), item["digest"]
         print(f"{'  ' * depth}  {name} {digest[:23]}…  {path}")
-        maker = (rundir.ROOT / path).parent
+        maker = rundir.from_fact(item["path"]).parent
         output = (record(maker) or {}).get("outputs", {}).get(path.name)
         if output and output["digest"] != digest:
             problems.append(f"{path} has been made anew since: {directory} used {digest[:23]}…, it now is {output['digest'][:23]}…")

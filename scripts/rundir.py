@@ -109,12 +109,23 @@ def describe(directory: Path) -> dict:
     """{"path", "digest"} of an input directory: the digest that its own stage recorded, else one of its bytes."""
     outputs = (record(directory.parent) or {}).get("outputs", {})
     known = outputs.get(directory.name) or {"digest": digest_tree(directory)}
-    return {"path": relative(directory), "digest": known["digest"]}
+    return {"path": as_fact(directory), "digest": known["digest"]}
+
+
+def as_fact(path: Path) -> str:
+    """A path as facts and records hold it: below "runs/" where it lies among the runs, else relative to the repository
+    where it lies inside. So a run survives a move of either."""
+    path, runs = path.resolve(), runs_root().resolve()
+    return f"runs/{path.relative_to(runs).as_posix()}" if runs in path.parents else relative(path)
+
+
+def from_fact(fact: str) -> Path:
+    """Inverse of as_fact."""
+    return runs_root() / fact[len("runs/") :] if fact.startswith("runs/") else ROOT / fact
 
 
 def relative(path: Path) -> str:
-    """A path as facts and records hold it: relative to the repository where it lies inside, so that a run
-    survives a move of the whole."""
+    """A path as people read it: relative to the repository where it lies inside."""
     path = path.resolve()
     return path.relative_to(ROOT).as_posix() if ROOT in path.parents else str(path)
 
@@ -189,11 +200,17 @@ def begin_attempt(directory: Path) -> dict:
             current = read_json(path)
         finally:
             temporary.unlink()
-    job = f", job {current['job']}" if current.get("job") else ""
-    raise InputError(
-        f"{directory}: already running: attempt {current['attempt']} on {current['host']}, process {current['pid']}{job}; "
-        "wait for it, or stop it: make stop"
-    )
+    raise InputError(already_running(directory, current))
+
+
+def already_running(directory: Path, attempt: dict) -> str:
+    """What to say of a stage that another attempt holds."""
+    job = f", job {attempt['job']}" if attempt.get("job") else ""
+    said = f"{directory}: running already: attempt {attempt['attempt']} on {attempt['host']}, process {attempt['pid']}{job}; "
+    if attempt["host"] == socket.gethostname():
+        return said + f"wait for it, or stop it: make stop RUN={directory.parent.name}"
+    file = directory / "attempts" / f"{attempt['attempt']}.json"
+    return said + f"that host cannot be asked from here: if it is gone, or this run is a copy, rm '{file}'"
 
 
 def seconds_since(attempt: dict) -> float:

@@ -11,7 +11,7 @@ import urllib.request
 from importlib import metadata
 from pathlib import Path
 
-from scripts import rundir
+from scripts import compat, rundir
 from scripts.errors import InputError
 from scripts.stage import Stage, die_with_parent
 
@@ -62,7 +62,7 @@ def serve(stage: Stage) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name)  # vLLM counts its own
     os.register_at_fork(after_in_child=die_with_parent)
-    sys.argv = ["vllm", "serve", str(stage.path("FROM")), "--config", str(stage.config), "--served-model-name", stage.run]
+    sys.argv = ["vllm", "--config", str(stage.config), "--model", str(stage.path("FROM")), "--served-model-name", stage.run]
     sys.argv += [
         "--host",
         stage.facts["BIND"],
@@ -72,7 +72,9 @@ def serve(stage: Stage) -> None:
         "scripts.guard.Guard",
         *stage.arguments,
     ]
-    from vllm.entrypoints.cli.main import main as vllm
+    from vllm.entrypoints.launchers.api_server.entry import main as vllm
+
+    compat.vllm_engine_by_fork()
 
     try:
         vllm()

@@ -55,8 +55,8 @@ class Stage:
         self._child: subprocess.Popen | None = None
 
     def path(self, fact: str) -> Path:
-        """The path that a fact names; relative facts are relative to the repository."""
-        return (rundir.ROOT / self.facts[fact]).resolve()
+        """The path that a fact names."""
+        return rundir.from_fact(self.facts[fact]).resolve()
 
     @property
     def config(self) -> Path:
@@ -205,6 +205,7 @@ def run(main: Callable[[Stage], dict], rank: Callable | None = None) -> None:
     if len(sys.argv) != 2 or not Path(sys.argv[1], "stage.env").exists():
         print(f"usage: python -m scripts.<stage> runs/<run>/<stage> (with its stage.env); got {sys.argv[1:]}", file=sys.stderr)
         sys.exit(WRONG_INPUT)
+    os.environ["RUNS"] = str(Path(sys.argv[1]).resolve().parent.parent)  # facts name paths below it
     if "RANK" in os.environ:
         from scripts.rank import run_rank
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from scripts import local, modeldir, preflight, report, rundir
 from scripts.errors import InputError
-from scripts.rundir import ROOT, STAGES, TRAINED, dump_json, read_json, record, relative, stage_dir
+from scripts.rundir import ROOT, STAGES, TRAINED, as_fact, dump_json, read_json, record, relative, stage_dir
 
 CLUSTERS = {"local": local}
 CONFIGS = ROOT / "configs"
@@ -127,14 +127,14 @@ def plan(request: Request, stage: str, pending: tuple[str, ...] = ()) -> Submiss
     if stage == "data":
         if request.args.get(stage):
             found.append("ARGS: data has no upstream tool to take them; DATA= names the source")
-        facts["SOURCE"] = relative(Path(request.data)) if request.data else "python"
+        facts["SOURCE"] = as_fact(Path(request.data)) if request.data else "python"
         if request.data and not Path(request.data).exists():
             found.append(f"DATA={request.data}: no such file or folder; give a .txt or .jsonl file, or a folder of them")
     elif stage in (*TRAINED, "evaluate"):
-        facts["DATA"] = relative(prepared_data(request) or stage_dir(request.run, "data") / "sets")
+        facts["DATA"] = as_fact(prepared_data(request) or stage_dir(request.run, "data") / "sets")
     model = _input_model(request, stage, pending)
     if model:
-        facts["FROM"] = relative(model)
+        facts["FROM"] = as_fact(model)
         if not any(model.parent == stage_dir(request.run, s) for s in pending):
             found += modeldir.problems(model)
     elif stage not in ("data", "pretrain"):
@@ -218,7 +218,7 @@ def _check_service(request: Request, facts: dict[str, str], model: Path | None, 
     if not request.port.isdigit() or not 0 < int(request.port) < 65536:
         found.append(f"PORT={request.port}: give a number from 1 to 65535; for example PORT=8001")
     if request.api_key_file:
-        facts["API_KEY_FILE"] = relative(Path(request.api_key_file))
+        facts["API_KEY_FILE"] = as_fact(Path(request.api_key_file))
         key = Path(request.api_key_file)
         if not key.exists() or not key.read_text().strip():
             found.append(f"API_KEY_FILE={key}: missing or empty; openssl rand -hex 24 > {key}; chmod 600 {key}")

@@ -122,6 +122,7 @@ def train(stage: Rank) -> None:
     import torch.distributed as dist
     from torchtitan.tools.logging import init_logger
 
+    compat.torchtitan_without_a_nap()
     init_logger()
     trainer = _trainer_class(stage)(config)
     if newest is not None:
@@ -129,6 +130,7 @@ def train(stage: Rank) -> None:
     _report_progress(stage, trainer)
     try:
         trainer.train()
+        dist.barrier()
         if not trainer.left:
             export(trainer, stage.directory / "export")
     finally:

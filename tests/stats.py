@@ -39,18 +39,26 @@ def metric(evaluation, task, name):
 
 
 def loss_curve(folder: Path) -> list[tuple[int, float]]:
-    """(step, loss) of every logged step of a stage, from the TensorBoard events under its metrics/attempt-<n>/; a
-    later attempt's value wins."""
+    """(step, loss) of every logged step of a stage, from its metrics/attempt-<n>/; a later attempt's value wins."""
+    return sorted({step: loss for step, loss, _ in _logged(folder)}.items())
+
+
+def step_times(folder: Path) -> list[tuple[int, float]]:
+    """(step, seconds since the epoch when it was logged), as loss_curve."""
+    return sorted({step: when for step, _, when in _logged(folder)}.items())
+
+
+def _logged(folder: Path) -> list[tuple[int, float, float]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
 
     attempt = lambda path: int(path.relative_to(folder).parts[0].partition("-")[2])  # noqa: E731  clocks can go back
-    points: dict[int, float] = {}
+    found = []
     for file in sorted(folder.rglob("events.out.tfevents.*"), key=attempt):
         events = EventAccumulator(str(file), {"scalars": 0, "tensors": 0}).Reload()  # 0: every step, not a sample
         tags = events.Tags()
         for tag in {"loss", "loss_metrics/global_avg_loss"}.intersection(tags["scalars"]):
-            points.update((e.step, e.value) for e in events.Scalars(tag))
+            found += [(e.step, e.value, e.wall_time) for e in events.Scalars(tag)]
         for tag in {"loss"}.intersection(tags["tensors"]):  # torchtune's writer
-            points.update((e.step, make_ndarray(e.tensor_proto).item()) for e in events.Tensors(tag))
-    return sorted(points.items())
+            found += [(e.step, make_ndarray(e.tensor_proto).item(), e.wall_time) for e in events.Tensors(tag)]
+    return found

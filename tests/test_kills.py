@@ -6,7 +6,9 @@ bit what an unbroken run gives: its weights, and the loss of every step.
 
 import contextlib
 import os
+import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +38,14 @@ def base(folder):
     for stage in rundir.TRAINED:
         make(stage, **options("whole", stage))
     return folder
+
+
+@pytest.fixture(scope="module")
+def pair(base):
+    """The same on two processes: run "pair"."""
+    for stage in rundir.TRAINED:
+        make(stage, **options("pair", stage, 2))
+    return base
 
 
 def options(run: str, stage: str, gpus: int = 1, **more: str) -> dict:
@@ -196,10 +206,9 @@ def test_one_process(base, stage):
 
 
 @pytest.mark.parametrize("stage", rundir.TRAINED)
-def test_two_processes(base, stage):
+def test_two_processes(pair, stage):
     """The same with torchrun between the stage and its ranks; the loss is that of an unbroken run on two processes."""
-    make(stage, **options("pair", stage, 2))
-    run, directory = "killed-pair", base / "killed-pair" / stage
+    run, directory = "killed-pair", pair / "killed-pair" / stage
     settings = options(run, stage, 2)
     for way in ("kill -9 of torchrun", "SIGTERM to the stage", "kill -9 of a rank", "kill -9 of the stage"):
         attempt, found = attempt_until_saved(stage, **settings)
@@ -208,7 +217,47 @@ def test_two_processes(base, stage):
         assert kill(attempt, found, victim, number) == code, f"{way}\n{attempt.said()[-3000:]}"
         assert rundir.status(directory) == word, way
     make(stage, **settings)
-    assert_same(base / "pair" / stage, directory)
+    assert_same(pair / "pair" / stage, directory)
+
+
+# --- checkpoints that something happened to ---
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_damaged_and_deleted_checkpoints(base, stage):
+    """A shard cut short: the whole step before it is taken. All deleted while it runs: it runs on and saves anew."""
+    settings, directory = options("odd", stage), base / "odd" / stage
+    attempt, found = attempt_until_saved(stage, **settings)
+    attempt.until(lambda: len(whole_steps(directory)) == 2)
+    assert kill(attempt, found, "stage", signal.SIGTERM) == 75
+    shard = next((directory / "checkpoints" / f"step-{whole_steps(directory)[0]}").glob("*.distcp"))
+    os.truncate(shard, shard.stat().st_size // 2)
+    attempt = Attempt(stage, **settings)
+    attempt.until(lambda: max(whole_steps(directory)) > 16)
+    shutil.rmtree(directory / "checkpoints")
+    assert attempt.launcher.wait(120) == 0, attempt.said()[-3000:]
+    assert "is damaged: " in attempt.said()
+    assert "set aside as damaged-" in attempt.said()
+    assert_same(base / "whole" / stage, directory)
+
+
+@pytest.mark.parametrize(
+    ("stage", "origin", "words"),
+    [
+        ("pretrain", "whole/finetune", "holds no tok_embeddings.weight"),
+        ("pretrain", "pair/pretrain", "saved by 2 data-parallel ranks, this run has 1"),
+        ("finetune", "pair/finetune", "saved by 2 data-parallel ranks, this run has 1"),
+    ],
+)
+def test_somebody_elses_checkpoints_are_refused(pair, stage, origin, words):
+    directory = pair / "foreign" / stage
+    shutil.rmtree(directory, ignore_errors=True)
+    shutil.copytree(pair / origin / "checkpoints", directory / "checkpoints", ignore=shutil.ignore_patterns("epoch_*"))
+    attempt = Attempt(stage, **options("foreign", stage))
+    assert attempt.launcher.wait(120) == 64
+    assert words in attempt.said()
+    assert "make clean" in attempt.said()
+    assert not (directory / "model").exists()
 
 
 # --- stages that save nothing ---
@@ -289,3 +338,32 @@ def test_a_full_disk_during_a_save_loses_nothing(base, tmp_path, monkeypatch):
         assert_same(base / "whole/pretrain", directory)
     finally:
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+# --- a soak ---
+
+
+def test_twenty_random_kills_over_one_pipeline(base):
+    """Anything of it is killed, at any moment; then it completes, with what an unbroken run gives."""
+    seed = int(os.environ.get("SOAK_SEED", time.time()))
+    print(f"SOAK_SEED={seed}")
+    chance = random.Random(seed)
+    settings = {"RUN": "soak", "PORT": "8032", "FORCE": "1", **{f"{s.upper()}_ARGS": ARGS[s] for s in rundir.TRAINED}}
+    with open(base / "soak.out", "w") as output:
+        for _ in range(20):
+            streams = {"stdout": output, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+            command = [sys.executable, "-m", "scripts.launch", "pipeline"]
+            launcher = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **settings}, start_new_session=True, **streams)
+            time.sleep(chance.uniform(1, 20))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(chance.choice([launcher.pid, *below(launcher.pid)]), signal.SIGKILL)
+            launcher.wait(120)
+            while any(rundir.running(base / "soak" / stage) for stage in rundir.STAGES[:-1]):
+                time.sleep(0.1)
+    make("pipeline", **settings)
+    make("undeploy", RUN="soak")
+    attempts = {stage: len(rundir.attempts(base / "soak" / stage)) for stage in rundir.STAGES}
+    print(attempts)
+    assert sum(attempts.values()) >= 20
+    for stage in rundir.TRAINED:
+        assert_same(base / "whole" / stage, base / "soak" / stage)

@@ -4,12 +4,15 @@ import json
 import os
 import socket
 import subprocess
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, launch, refused
 from golden import CASES, FOLDER, dry_run
 
-from scripts import report, rundir, submission
+from scripts import local, preflight, report, rundir, submission
+from scripts.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -98,49 +101,104 @@ def test_arguments_pass_through_make_intact():
     assert json.loads(block) == words
 
 
-def stage(runs, model, **env):
-    """A finetune submission of run x, planned and written as `launch` would."""
-    os.environ["RUNS"] = str(runs)
-    request = submission.read_request("finetune", {"RUN": "x", "FROM": str(model), "DATA": str(model.parent / "sets"), **env})
-    return submission.plan(request, "finetune")
+class Finetune:
+    """A finetune stage of run x, submitted as `launch` would."""
+
+    def __init__(self, model):
+        self.options = {"RUN": "x", "FROM": str(model), "DATA": str(model.parent / "sets")}
+        (model.parent / "sets").mkdir()
+        (model.parent / "sets" / "data.json").write_text("{}")
+        self.directory = self.plan().directory
+        for name, text in self.plan().files.items():
+            (self.directory / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.directory / name).write_text(text)
+
+    def plan(self, **changes):
+        return submission.plan(submission.read_request("finetune", {**self.options, **changes}), "finetune")
 
 
-def test_a_run_with_other_settings_is_refused_once_it_has_something_to_lose(runs, model):
-    (model.parent / "sets").mkdir()
-    (model.parent / "sets" / "data.json").write_text("{}")
-    first = stage(runs, model)
-    for name, text in first.files.items():
-        (first.directory / name).parent.mkdir(parents=True, exist_ok=True)
-        (first.directory / name).write_text(text)
-    assert submission.differences(stage(runs, model)) == []
-    changed = submission.differences(stage(runs, model, GPUS="2", ARGS="epochs=3"))
+@pytest.fixture
+def finetune(runs, model):
+    return Finetune(model)
+
+
+def test_a_run_with_other_settings_is_refused_once_it_has_something_to_lose(finetune):
+    assert submission.differences(finetune.plan()) == []
+    changed = submission.differences(finetune.plan(GPUS="2", ARGS="epochs=3"))
     assert "GPUS was 1, now 2" in changed
     assert any("ARGS" in c and "epochs=3" in c for c in changed)
-    (first.directory / "checkpoints").mkdir()
-    options = {"RUN": "x", "FROM": str(model), "DATA": str(model.parent / "sets"), "GPUS": "2"}
+    (finetune.directory / "checkpoints").mkdir()
+    options = {**finetune.options, "GPUS": "2"}
     refused("finetune", "exists with other settings", "GPUS was 1, now 2", "make clean RUN=x STAGE=finetune", **options)
 
 
-def test_a_second_launch_of_a_running_stage_is_refused(runs, model):
-    (model.parent / "sets").mkdir()
-    (model.parent / "sets" / "data.json").write_text("{}")
-    first = stage(runs, model)
-    rundir.begin_attempt(first.directory)
-    options = {"RUN": "x", "FROM": str(model), "DATA": str(model.parent / "sets")}
-    refused("finetune", "running already", "make stop RUN=x", **options)
+def test_a_second_launch_of_a_running_stage_is_refused(finetune):
+    rundir.begin_attempt(finetune.directory)
+    refused("finetune", "running already", "make stop RUN=x", **finetune.options)
     refused("clean", "running", "make stop RUN=x", RUN="x")
 
 
-def test_a_finished_stage_is_not_run_twice(runs, model):
-    (model.parent / "sets").mkdir()
-    (model.parent / "sets" / "data.json").write_text("{}")
-    first = stage(runs, model)
-    for name, text in first.files.items():
-        (first.directory / name).parent.mkdir(parents=True, exist_ok=True)
-        (first.directory / name).write_text(text)
-    (first.directory / "stage.json").write_text(json.dumps({"summary": {"loss": 1.5}}))
-    result = launch("finetune", RUN="x", FROM=str(model), DATA=str(model.parent / "sets"))
+def test_a_run_that_another_machine_holds_is_left_alone(finetune):
+    """A copy of a run, or a shared disk: the pid in the attempt is some other process here."""
+    attempt = {**rundir.begin_attempt(finetune.directory), "host": "elsewhere"}
+    rundir.write_atomic(finetune.directory / "attempts/1.json", json.dumps(attempt))
+    refused("finetune", "elsewhere", "cannot be asked from here", "rm '", "attempts/1.json", **finetune.options)
+    refused("stop", "elsewhere", "cannot be asked from here", RUN="x")
+
+
+def test_a_finished_stage_is_not_run_twice(finetune):
+    (finetune.directory / "stage.json").write_text(json.dumps({"summary": {"loss": 1.5}}))
+    result = launch("finetune", **finetune.options)
     assert (result.returncode, "done already" in result.stdout) == (0, True)
+
+
+def test_a_run_survives_a_move(finetune, runs, monkeypatch):
+    """Paths among the runs are kept below runs/, wherever that is."""
+    (runs / "x/pretrain").mkdir()
+    os.rename(finetune.options["FROM"], runs / "x/pretrain/model")
+    finetune.options["FROM"] = str(runs / "x/pretrain/model")
+    (finetune.directory / "stage.env").write_text(finetune.plan().files["stage.env"])
+    moved = runs.parent / "moved"
+    os.rename(runs, moved)
+    monkeypatch.setenv("RUNS", str(moved))
+    assert submission.differences(finetune.plan(FROM=str(moved / "x/pretrain/model"))) == []
+    assert rundir.from_fact(rundir.read_env(moved / "x/finetune/stage.env")["FROM"]) == moved / "x/pretrain/model"
+
+
+def test_a_stop_of_what_does_not_run_says_so(finetune):
+    result = launch("stop", RUN="x")
+    assert (result.returncode, result.stdout) == (0, "nothing of run x is running\n")
+    refused("stop", "RUN=nothing", "no such run", "there are: x", RUN="nothing")
+
+
+def test_a_venv_that_is_gone_is_named(finetune, monkeypatch, tmp_path):
+    monkeypatch.setattr(rundir, "ROOT", tmp_path)
+    monkeypatch.delenv("DRY_RUN", raising=False)
+    assert local.problems(finetune) == [".venv: missing; make setup"]
+
+
+def test_a_disk_too_small_for_the_model_is_refused(finetune, monkeypatch):
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    architecture = json.loads((ROOT / "configs/models/debug/config.json").read_text())
+    config = Path(finetune.options["FROM"], "config.json")
+    config.write_text(json.dumps({**architecture, **json.loads(config.read_text())}))
+    with pytest.raises(InputError, match=r"the model will need .* GB.*RUNS="):
+        finetune.plan()
+
+
+def test_the_parameters_of_an_architecture_are_counted():
+    """Llama 3.2 1B, Llama 3.1 8B: the numbers that their cards round (1.24 and 8.03 billion)."""
+    big = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+    big |= {"intermediate_size": 14336, "vocab_size": 128256}
+    assert preflight.parameters(big) == 8_030_261_248
+    small = {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8}
+    small |= {"intermediate_size": 8192, "vocab_size": 128256, "tie_word_embeddings": True}
+    assert preflight.parameters(small) == 1_235_814_400
+
+
+def test_memory_that_is_not_there_is_named():
+    assert preflight.memory_problems(1, "training") == []
+    assert "16.00 GB of memory, 8.00 are free" in preflight.memory_problems(16e9, "training", free=8e9)[0]
 
 
 # --- the gate ---

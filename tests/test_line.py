@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -305,74 +304,7 @@ def test_lora_finetuning_hands_on_a_merged_model(demo):
     assert_same_logits(demo["runs"] / "lora/finetune/model", list(range(5, 100)))
 
 
-# --- stops and faults ---
-
-
-def start(verb, **options):
-    env = {**os.environ, **options}
-    return subprocess.Popen(
-        [sys.executable, "-m", "scripts.launch", verb],
-        cwd=ROOT,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def wait_for(process, words):
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if words in line:
-            return
-    raise AssertionError("".join(lines))
-
-
-def ranks_of(directory):
-    """Pids of processes that work for a stage directory."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if str(directory) in path.read_text():
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
-    return found
-
-
-@pytest.mark.parametrize("how", ["ctrl-c", "make stop", "kill -9 the launcher", "kill -9 the stage"])
-def test_a_stop_leaves_no_writer_and_the_same_command_completes(demo, how):
-    run = "stop-" + re.sub(r"[^a-z0-9]+", "-", how)
-    directory = demo["runs"] / run / "pretrain"
-    options = {
-        "RUN": run,
-        "DATA": str(demo["run"] / "data"),
-        "ARGS": "--training.steps 60 --checkpoint.interval 20 --metrics.log_freq 5",
-    }
-    process = start("pretrain", **options)
-    wait_for(process, "pretrain 1/60")
-    if how == "ctrl-c":
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(30) == 75
-    elif how == "make stop":
-        make("stop", RUN=run)
-        assert process.wait(30) == 75
-        assert rundir.status(directory) == "stopped"
-    else:
-        victim = process.pid if "launcher" in how else rundir.running(directory)["pid"]
-        os.kill(victim, signal.SIGKILL)
-        process.wait(30)
-    process.stdout.close()
-    for _ in range(100):
-        if not ranks_of(directory):
-            break
-        time.sleep(0.1)
-    assert ranks_of(directory) == [], "no old writer may survive"
-    assert not (directory / "model").exists()
-    make("pretrain", **options)
-    assert rundir.status(directory) == "done"
+# --- faults ---
 
 
 @pytest.mark.parametrize(

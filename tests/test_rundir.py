@@ -47,7 +47,7 @@ def test_of_two_launches_one_wins(tmp_path):
     for racer in racers:
         racer.communicate("\n")
     assert sorted(s.split(":")[0] for s in said) == ["refused"] * 7 + ["won"]
-    assert all("already running" in s and "make stop" in s for s in said if s != "won")
+    assert all("running already" in s and "make stop" in s for s in said if s != "won")
 
 
 def test_a_dead_attempt_is_followed_by_the_next(tmp_path):
@@ -57,7 +57,7 @@ def test_a_dead_attempt_is_followed_by_the_next(tmp_path):
     attempt = rundir.begin_attempt(tmp_path)
     assert attempt["attempt"] == 2
     assert rundir.status(tmp_path) == "running"
-    with pytest.raises(InputError, match="already running"):
+    with pytest.raises(InputError, match="running already"):
         rundir.begin_attempt(tmp_path)
     rundir.end_attempt(tmp_path, attempt, 75, "stopped")
     assert rundir.status(tmp_path) == "stopped"

@@ -1,0 +1,210 @@
+"""What the line costs beside its work: the tables of docs/benchmarks.md. Ratios within one run; machines are noisy.
+
+    make demo && .venv/bin/python -m bench.operations demo overhead saves restart serving
+
+Every table reads or copies the finished run "demo", which must be served for the last.
+"""
+
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+from scripts import rundir
+from scripts.rank import Rank
+from tests.stats import step_times
+
+DEMO = rundir.runs_root() / "demo"
+SET = {"finetune": "sft.jsonl", "align": "preference.jsonl"}
+
+
+def quiet(words: list[str], env: dict[str, str] | None = None, cwd: Path = rundir.ROOT) -> float:
+    """Seconds that a command took; its output is shown only if it fails."""
+    began = time.monotonic()
+    done = subprocess.run(words, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{words}\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+    return time.monotonic() - began
+
+
+def options(stage: str) -> list[str]:
+    """How to run a stage of the demo again, in a run of its own."""
+    facts = rundir.read_env(DEMO / stage / "stage.env")
+    source = [f"FROM={facts['FROM']}"] if "FROM" in facts else []
+    return [f"DATA={DEMO / 'data'}", *source]
+
+
+def work_seconds(stage: str) -> float:
+    """Seconds of a stage's own work: the steps of a training, lm-eval's evaluation after its imports, all of data's."""
+    directory = DEMO / stage
+    if stage in rundir.TRAINED:
+        steps = step_times(directory / "metrics")
+        return (steps[-1][1] - steps[0][1]) * steps[-1][0] / (steps[-1][0] - steps[0][0])
+    if stage == "evaluate":
+        results = json.loads(next(directory.rglob("results_*.json")).read_text())
+        return float(results["total_evaluation_time_seconds"])
+    return rundir.attempts(directory)[-1]["seconds"] if stage == "data" else 0.0
+
+
+def demo() -> None:
+    """Work and all else, for each stage of the finished demo."""
+    print("| stage | seconds | of it work | start-up and glue |\n|---|---|---|---|")
+    walls, works = [], []
+    for stage in rundir.STAGES:
+        wall = json.loads((DEMO / stage / "server.json").read_text())["ready_seconds"] if stage == "deploy" else None
+        walls.append(wall or rundir.attempts(DEMO / stage)[-1]["seconds"])
+        works.append(work_seconds(stage))
+        print(f"| {stage} | {walls[-1]:.0f} | {works[-1]:.0f} | {1 - works[-1] / walls[-1]:.0%} |")
+    print(f"| all | {sum(walls):.0f} | {sum(works):.0f} | {1 - sum(works) / sum(walls):.0%} |")
+
+
+BARE_PRETRAIN = """
+import os, sys
+from pathlib import Path
+from scripts import compat
+compat.torchtitan_on_cpu()
+compat.checkpoints_without_collectives()
+from scripts import titan
+from scripts.rank import Rank
+titan._register(Rank(Path(sys.argv.pop(1))))
+from torchtitan.train import Trainer, main
+main(Trainer)
+"""
+
+
+def bare_command(stage: str, folder: Path) -> tuple[list[str], dict[str, str], Path]:
+    """The upstream tool alone doing a stage's work: command, environment, working directory."""
+    os.environ["RELAY_ATTEMPT"] = "1"
+    rank, python = Rank(DEMO / stage), sys.executable
+    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    one |= {"PYTHONPATH": str(rundir.ROOT), "HF_HUB_OFFLINE": "1", "RELAY_ASSETS": str(DEMO / "pretrain/assets")}
+    if stage == "pretrain":
+        from scripts.titan import overrides
+
+        os.environ["RELAY_ASSETS"] = one["RELAY_ASSETS"]
+        words = [python, "-c", BARE_PRETRAIN, str(rank.directory), "--job.config_file", str(rank.config), *overrides(rank)]
+        return [*words, "--job.dump_folder", str(folder)], one, rundir.ROOT
+    if stage == "evaluate":
+        words = [python, "-m", "lm_eval", "run", "--config", str(rank.config), "--include_path", str(rank.directory / "tasks")]
+        words += ["--model_args", f"pretrained={rank.path('FROM')},dtype=float32", "--output_path", str(folder), "--log_samples"]
+        return words, {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}, rank.path("DATA")
+    from omegaconf import OmegaConf
+
+    from scripts.tune import OWN_KEYS, find_recipe, load_config
+
+    config = load_config(rank, SET[stage])
+    recipe = sys.modules[find_recipe(config.recipe, 1).__module__].__file__
+    for key in OWN_KEYS:
+        config.pop(key, None)
+    config.output_dir = config.checkpointer.output_dir = str(folder / "out")
+    config.metric_logger.log_dir = str(folder / "metrics")
+    OmegaConf.save(config, folder / "config.yaml")
+    return [python, str(recipe), "--config", str(folder / "config.yaml")], one, rundir.ROOT
+
+
+def overhead(rounds: int = 2) -> None:
+    """A stage through make against its upstream tool alone, by turns."""
+    print("| stage | through make, s | bare upstream, s | ratio |\n|---|---|---|---|")
+    for stage in (*rundir.TRAINED, "evaluate"):
+        ours, bare = [], []
+        for _ in range(rounds):
+            with tempfile.TemporaryDirectory() as folder:
+                words, env, cwd = bare_command(stage, Path(folder))
+                bare.append(quiet(words, env, cwd))
+            shutil.rmtree(rundir.runs_root() / "bench", ignore_errors=True)
+            ours.append(quiet(["make", "-s", stage, "RUN=bench", *options(stage)]))
+        a, b = statistics.median(ours), statistics.median(bare)
+        print(f"| {stage} | {a:.1f} | {b:.1f} | {a / b:.2f} |", flush=True)
+
+
+ARGS = {
+    "pretrain": "--training.steps 100 --checkpoint.interval 20 --metrics.log_freq 1",
+    "finetune": "epochs=1 max_steps_per_epoch=100 save_every_n_steps=20 log_every_n_steps=1",
+    "align": "max_steps_per_epoch=80 save_every_n_steps=20 log_every_n_steps=1",
+}
+
+
+def saves() -> None:
+    """How much longer the step with a save takes, as a share of an ordinary step."""
+    print("| stage | step, ms | added by a save, ms | ratio |\n|---|---|---|---|")
+    for stage in rundir.TRAINED:
+        shutil.rmtree(rundir.runs_root() / "bench", ignore_errors=True)
+        quiet(["make", "-s", stage, "RUN=bench", *options(stage), f"ARGS={ARGS[stage]}"])
+        times = dict(step_times(rundir.stage_dir("bench", stage) / "metrics"))
+        took = {step: times[step] - times[step - 1] for step in times if step - 1 in times}
+        ordinary = statistics.median(t for step, t in took.items() if step % 20 > 5)
+        # what follows a save: its staging falls into the next step, the write behind into some more
+        added = [sum(took[n + i] - ordinary for i in range(1, 6)) for n in (20, 40, 60)]
+        stall = statistics.median(added)
+        print(f"| {stage} | {ordinary * 1000:.0f} | {stall * 1000:.0f} | {stall / ordinary:.2f} |", flush=True)
+
+
+def restart() -> None:
+    """From kill -9 of the stage to the next new step, against a plain start to its first step."""
+    print("| stage | start to first step, s | kill to next new step, s | ratio |\n|---|---|---|---|")
+    for stage in rundir.TRAINED:
+        shutil.rmtree(rundir.runs_root() / "bench", ignore_errors=True)
+        directory, words = rundir.stage_dir("bench", stage), ["make", "-s", stage, "RUN=bench", *options(stage)]
+        words += [f"ARGS={ARGS[stage]}"]
+
+        def until_step(step: int, directory: Path = directory) -> int:
+            while True:
+                found = (rundir.read_json(directory / "progress.json") or {}).get("step", 0)
+                if found >= step:
+                    return found
+                time.sleep(0.02)
+
+        began = time.monotonic()
+        make = subprocess.Popen(words, cwd=rundir.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        until_step(1)
+        plain = time.monotonic() - began
+        reached = until_step(45)
+        killed = time.monotonic()
+        os.kill(rundir.running(directory)["pid"], signal.SIGKILL)
+        make.wait()
+        make = subprocess.Popen(words, cwd=rundir.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        (directory / "progress.json").unlink(missing_ok=True)
+        until_step(reached + 1)
+        again = time.monotonic() - killed
+        make.wait()
+        print(f"| {stage} | {plain:.1f} | {again:.1f} | {again / plain:.2f} |", flush=True)
+
+
+def serving(tokens: int = 128) -> None:
+    """Tokens per second of the served demo model, for 1, 8 and 32 clients that ask one after the other."""
+    server = json.loads((DEMO / "deploy/server.json").read_text())
+    url = f"http://{server['host']}:{server['port']}/v1/completions"
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {(DEMO / 'deploy/api-key').read_text().strip()}"}
+    body = json.dumps({"model": server["name"], "prompt": "def main", "max_tokens": tokens, "ignore_eos": True}).encode()
+
+    def ask(times: int) -> None:
+        for _ in range(times):
+            with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=300) as answer:
+                assert json.loads(answer.read())["usage"]["completion_tokens"] == tokens
+
+    ask(2)
+    print("| clients | tokens/s |\n|---|---|")
+    for clients, times in ((1, 10), (8, 8), (32, 8)):
+        threads = [threading.Thread(target=ask, args=(times,)) for _ in range(clients)]
+        began = time.monotonic()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        print(f"| {clients} | {clients * times * tokens / (time.monotonic() - began):,.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    tables = {"demo": demo, "overhead": overhead, "saves": saves, "restart": restart, "serving": serving}
+    for name in sys.argv[1:] or tables:
+        print(f"\n{tables[name].__doc__}\n")
+        tables[name]()
+    shutil.rmtree(rundir.runs_root() / "bench", ignore_errors=True)
