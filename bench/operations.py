@@ -110,8 +110,8 @@ def bare_command(stage: str, folder: Path) -> tuple[list[str], dict[str, str], P
     return [python, str(recipe), "--config", str(folder / "config.yaml")], one, rundir.ROOT
 
 
-def overhead(rounds: int = 2) -> None:
-    """A stage through make against its upstream tool alone, by turns."""
+def overhead(rounds: int = int(os.environ.get("ROUNDS", "2"))) -> None:
+    """A stage through make against its upstream tool alone, by turns, ROUNDS times; medians."""
     print("| stage | through make, s | bare upstream, s | ratio |\n|---|---|---|---|")
     for stage in (*rundir.TRAINED, "evaluate"):
         ours, bare = [], []

@@ -144,7 +144,9 @@ def main(arguments: list[str]) -> int:
         return 130
     except InputError as error:
         found = error.problems
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+    except OSError as error:  # no permission, a read-only or a full disk, a file in the way
+        if error.filename is None:
+            raise
         found = [f"{error.filename}: {error.strerror}; runs go under {rundir.runs_root()}, choose another place with RUNS="]
     for problem in found:
         print(f"error: {problem}", file=sys.stderr)

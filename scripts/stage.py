@@ -234,7 +234,7 @@ def run(main: Callable[[Stage], dict], rank: Callable | None = None) -> None:
     except RankFailed as fault:
         code, error = 1, str(fault)
     except Exception:
-        code, error = 1, traceback.format_exc() + stage.full_disk()
+        code, error = 1, stage.full_disk().strip() or traceback.format_exc()
     for number in stops:
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(OSError):  # a full disk: the process is gone all the same, and the next attempt may begin

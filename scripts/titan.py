@@ -92,7 +92,9 @@ def _needs(stage: Rank, config, world: int) -> list[str]:
     import torch
 
     count = preflight.parameters(read_json(_assets() / "config.json"))
-    copies = config.checkpoint.keep_latest_k or config.training.steps // config.checkpoint.interval + 1
+    saves = config.training.steps // config.checkpoint.interval + 1
+    # Two more than are kept: torchtitan lists what to remove before a save has made its folder, and not after the last.
+    copies = min(saves, config.checkpoint.keep_latest_k + 2) if config.checkpoint.keep_latest_k else saves
     what = f"{copies} checkpoints and the model"
     found = preflight.disk_problems(stage.directory, count * (12 * copies + 4), what, ["checkpoints"])
     share = count * 16 * max(1, config.parallelism.data_parallel_replicate_degree) / world

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, launch, refused
+from conftest import ROOT, lacking, launch, refused
 from golden import CASES, FOLDER, dry_run
 
 from scripts import local, preflight, report, rundir, submission
@@ -71,6 +71,16 @@ def test_no_write_permission(runs):
     runs.parent.mkdir(exist_ok=True)
     runs.write_text("a file where the folder should be")
     refused("data", "runs go under", RUN="x")
+
+
+def test_a_read_only_disk(runs):
+    runs.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(runs)], capture_output=True).returncode:
+        lacking("a read-only disk needs root to mount it")
+    try:
+        refused("data", "Read-only file system", "RUNS=", RUN="x")
+    finally:
+        subprocess.run(["umount", str(runs)], check=True)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -245,7 +255,7 @@ def test_a_taken_port_is_named():
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert f"PORT={port}" in port_problems("127.0.0.1", str(port))[0]
+        assert f"PORT={port}" in port_problems("127.0.0.1", str(port), patience=0)[0]
     assert port_problems("127.0.0.1", str(port)) == []
 
 
