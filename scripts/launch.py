@@ -142,6 +142,9 @@ def main(arguments: list[str]) -> int:
         return verbs[verb](request)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # its reader has seen enough: make … | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
     except InputError as error:
         found = error.problems
     except OSError as error:  # no permission, a read-only or a full disk, a file in the way

@@ -184,6 +184,14 @@ def test_the_gate_refuses_a_model_that_was_not_judged(demo):
     assert "make clean RUN=demo STAGE=evaluate" in result.stderr
 
 
+def test_a_wrong_argument_of_vllm_is_refused(demo):
+    words = ["make", "-s", "deploy", "RUN=wrong", f"FROM={demo['run'] / 'align/model'}", "FORCE=1", "PORT=8021"]
+    result = subprocess.run([*words, "ARGS=--no-such-option 1"], cwd=ROOT, capture_output=True, text=True)
+    assert "Error 64" in result.stderr
+    assert "--no-such-option" in result.stderr
+    assert "vLLM refuses" in result.stderr
+
+
 # --- it learned something ---
 
 
