@@ -70,7 +70,7 @@ setup: .venv/installed ## Install .venv from the lock (every target does it by i
 test: .venv/installed ## The fast tests
 	@.venv/bin/python -m pytest -q -m "not slow" tests
 test-all: .venv/installed ## Every test, the whole line included
-	@.venv/bin/python -m pytest -q tests
+	@.venv/bin/python -m pytest -q --durations=12 tests
 lint: .venv/installed ## ruff, shellcheck, vermin
 	@.venv/bin/python -m ruff check . && .venv/bin/python -m ruff format --check .
 	@.venv/bin/shellcheck -x requirements/*.sh .ci/run

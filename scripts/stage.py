@@ -240,7 +240,8 @@ def run(main: Callable[[Stage], dict], rank: Callable | None = None) -> None:
     with contextlib.suppress(OSError):  # a full disk: the process is gone all the same, and the next attempt may begin
         rundir.end_attempt(stage.directory, stage.attempt, code, error)
     with contextlib.suppress(OSError):
-        print(f"\n{stage.name}: {error}" if error else "", file=sys.stderr, end="\n" if error else "")
+        if error:
+            print(f"\n{stage.name}: {error}", file=sys.stderr)
     sys.exit(code)
 
 

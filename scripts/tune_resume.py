@@ -74,14 +74,18 @@ class Resumable:
     def state(self) -> dict[str, Any]:
         """All that the next step depends on."""
         recipe = self.recipe
-        optimizers = [recipe._optimizer] if recipe._optimizer else list(recipe._optim_ckpt_wrapper.optim_map.values())
         return {
             "model": get_model_state_dict(recipe._model, options=TRAINED),
-            "optimizer": get_optimizer_state_dict(recipe._model, optimizers, options=TRAINED),
+            "optimizer": get_optimizer_state_dict(recipe._model, self._optimizers(), options=TRAINED),
             "schedule": recipe._lr_scheduler.state_dict() if recipe._lr_scheduler else {},
             "progress": {"step": recipe.global_step, "epochs": recipe.epochs_run},
             f"random-{os.environ['RANK']}": random_state(),
         }
+
+    def _optimizers(self) -> list:
+        """One, or one for each parameter where the recipe steps in the backward pass."""
+        recipe = self.recipe
+        return [recipe._optimizer] if recipe._optimizer else list(recipe._optim_ckpt_wrapper.optim_map.values())
 
     def save(self, step: int) -> None:
         """Write checkpoints/step-<n> behind the training's back; the two whole ones before it stay until it is whole."""
@@ -119,9 +123,8 @@ class Resumable:
         if found:
             raise InputError(found)
         dcp.load(state, checkpoint_id=step, process_group=self.group, no_dist=self.group is None)
-        optimizers = [recipe._optimizer] if recipe._optimizer else list(recipe._optim_ckpt_wrapper.optim_map.values())
         set_model_state_dict(recipe._model, state["model"], options=TRAINED)
-        set_optimizer_state_dict(recipe._model, optimizers, state["optimizer"], options=TRAINED)
+        set_optimizer_state_dict(recipe._model, self._optimizers(), state["optimizer"], options=TRAINED)
         if recipe._lr_scheduler:
             recipe._lr_scheduler.load_state_dict(state["schedule"])
         recipe.global_step, recipe.epochs_run = state["progress"]["step"], state["progress"]["epochs"]
