@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -337,8 +338,9 @@ def test_lora_finetuning_hands_on_a_merged_model(demo):
         ("evaluate", "- x\n", ["key: value"]),
     ],
 )
-def test_bad_configs_are_refused_in_the_job(demo, tmp_path, stage, config, words):
-    directory = tmp_path / "x" / stage
+def test_bad_configs_are_refused_in_the_job(demo, stage, config, words):
+    directory = demo["runs"] / "bad" / stage
+    shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     source = demo["run"] / stage
     if config is None:
