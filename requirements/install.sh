@@ -14,7 +14,7 @@ index=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
   exit 64
 }
 if [ ! -e .venv/installed ]; then
-  echo "Installing .venv from requirements/*.lock, once: 3.4 GB to download, 6.5 GB on disk, two or three minutes on a fast line."
+  echo "Installing .venv from requirements/*.lock, once: 3.4 GB to download, 7 GB on disk, two or three minutes on a fast line."
 fi
 rm -f .venv/installed
 .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv

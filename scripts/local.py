@@ -59,6 +59,8 @@ def submit(submission) -> int:
         signal.signal(number, handler)
     if code == DONE:
         print(f"{submission.stage}: {report.one_line(submission.directory)}", flush=True)
+    if code < 0:
+        print(f"{submission.stage}: killed by {signal.Signals(-code).name}; the same command goes on", file=sys.stderr)
     return code if code >= 0 else 128 - code  # as a shell tells of a signal
 
 

@@ -31,6 +31,17 @@ class Rank(Stage):
         if os.environ["RANK"] == "0":
             print(MARK + json.dumps(numbers), flush=True)
 
+    def checkpoint(self) -> int | None:
+        """The step to go on from, None for a fresh start (checkpoint.newest_whole). Says so to whoever expects another."""
+        from scripts.checkpoint import newest_whole
+
+        newest = newest_whole(self.directory / "checkpoints", self.say)
+        if newest is not None:
+            self.say(f"goes on from its checkpoint of step {newest}")
+        elif self.attempt_number > 1:
+            self.say("nothing had been saved yet: starts at step 0")
+        return newest
+
     def say(self, sentence: str) -> None:
         """Show the user a sentence; it stays in the log, too."""
         print(sentence, MARK + json.dumps({"say": sentence}), sep="\n", flush=True)

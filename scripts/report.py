@@ -26,8 +26,10 @@ def result(directory: Path) -> str:
         return f"http://{server['bind']}:{server['port']}/v1" if server and rundir.running(directory) else ""
     if not summary and directory.exists():
         summary = read_json(directory / "progress.json") or {}
+        if summary.get("attempt") != len(rundir.attempts(directory)) or "step" not in summary:
+            return ""  # the newest attempt has not begun to train
         loss = f", loss {summary['loss']:.3f}" if "loss" in summary else ""
-        return f"step {summary['step']} of {summary['total']}{loss}" if summary else ""
+        return f"step {summary['step']} of {summary['total']}{loss}"
     return f"loss {summary['loss']:.3f}" if "loss" in summary else ""
 
 

@@ -50,6 +50,7 @@ class Stage:
         self.processes = int(os.environ.get("PET_NPROC_PER_NODE", "1"))
         self.attempt: dict = {}
         self.progress: dict = rundir.read_json(self.directory / "progress.json") or {}  # an earlier attempt's, until its own
+        self.progress.pop("attempt", None)
         self.training = False  # ranks are between their first step and their end: they look for stop_file
         self.stop_requested = False
         self._child: subprocess.Popen | None = None
@@ -153,11 +154,15 @@ class Stage:
                 said = json.loads(line[mark + len(MARK) :])
                 if "say" in said:
                     show.line(said.pop("say"))
-                self.training |= "step" in said
+                if "step" in said and not self.training:
+                    self.training = True
+                    if said["step"] < said["total"]:
+                        self.progress.clear()  # an earlier attempt's: its loss is not this step's
                 self.progress.update(said)
                 show(self.progress)
                 with contextlib.suppress(OSError):
-                    rundir.write_atomic(self.directory / "progress.json", rundir.dump_json(self.progress))
+                    content = {**self.progress, "attempt": self.attempt_number}
+                    rundir.write_atomic(self.directory / "progress.json", rundir.dump_json(content))
             code = child.wait()
             show.end()
         errors = sorted(

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from scripts import preflight
-from scripts.checkpoint import misfit, newest_whole
+from scripts.checkpoint import misfit
 from scripts.configcheck import against_dataclass
 from scripts.errors import InputError
 from scripts.rank import Rank
@@ -120,7 +120,7 @@ def train(stage: Rank) -> None:
     _register(stage)
     folder, newest = stage.directory / "checkpoints", None
     if os.environ["RANK"] == "0":  # the other ranks wait for this one where they meet
-        newest = newest_whole(folder, stage.say)
+        newest = stage.checkpoint()
     import torch.distributed as dist
     from torchtitan.tools.logging import init_logger
 

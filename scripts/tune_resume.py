@@ -107,7 +107,7 @@ class Resumable:
         Raises InputError if it is damaged and the only one, or another model's or number of ranks'.
         """
         recipe, first = self.recipe, os.environ["RANK"] == "0"
-        newest = [checkpoint.newest_whole(self.folder, self.rank.say) if first else None]
+        newest = [self.rank.checkpoint() if first else None]
         if self.group:
             dist.broadcast_object_list(newest, 0, group=self.group)
         if newest[0] is not None:
