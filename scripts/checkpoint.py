@@ -88,11 +88,11 @@ def misfit(step: Path, model: Mapping[str, tuple], rank_prefix: str, ranks: int)
     world = len({m[1] for m in (re.match(re.escape(rank_prefix) + r"(\d+)", key) for key in stored) if m})
     if world != ranks:
         found.append(f"{step}: saved by {world} data-parallel ranks, this run has {ranks}; give it the same GPUS and NODES")
-    return found[:1]
+    return found[:1]  # one cause makes hundreds
 
 
 def prune(folder: Path, keep: int = 2) -> None:
     """Remove all but the newest `keep` finished steps."""
     whole = [n for n in steps(folder) if (folder / f"step-{n}" / ".metadata").exists()]
     for number in whole[keep:]:
-        shutil.rmtree(folder / f"step-{number}", ignore_errors=True)
+        shutil.rmtree(folder / f"step-{number}", ignore_errors=True)  # somebody may be removing it, too

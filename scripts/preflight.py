@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ def parameters(config: Mapping[str, Any]) -> int:
     return embeddings + layers * layer + dim
 
 
-def disk_problems(directory: Path, need: float, what: str, parts: Sequence[str] = ()) -> list[str]:
-    """Whether `need` bytes fit where `directory` is or will be; what its `parts` hold already counts as there."""
-    need -= sum(file.stat().st_size for part in parts for file in (directory / part).rglob("*") if file.is_file())
+def disk_problems(directory: Path, need: float, what: str) -> list[str]:
+    """Whether `need` bytes fit where a stage's directory is or will be; checkpoints that it has already count as there."""
+    need -= sum(file.stat().st_size for file in (directory / "checkpoints").rglob("*") if file.is_file())
     while not directory.exists():
         directory = directory.parent
     free = shutil.disk_usage(directory).free

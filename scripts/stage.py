@@ -56,8 +56,12 @@ class Stage:
         self._child: subprocess.Popen | None = None
 
     def path(self, fact: str) -> Path:
-        """The path that a fact names."""
-        return rundir.from_fact(self.facts[fact]).resolve()
+        """The path that a fact names. Raises InputError if it has gone since the submission."""
+        path = rundir.from_fact(self.facts[fact]).resolve()
+        if not path.exists():
+            again = f"make clean RUN={self.run} STAGE={self.name}"
+            raise InputError(f"{fact}={path}: no longer there; put it back, or start the stage anew: {again}")
+        return path
 
     @property
     def config(self) -> Path:

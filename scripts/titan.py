@@ -96,7 +96,7 @@ def _needs(stage: Rank, config, world: int) -> list[str]:
     # Two more than are kept: torchtitan lists what to remove before a save has made its folder, and not after the last.
     copies = min(saves, config.checkpoint.keep_latest_k + 2) if config.checkpoint.keep_latest_k else saves
     what = f"{copies} checkpoints and the model"
-    found = preflight.disk_problems(stage.directory, count * (12 * copies + 4), what, ["checkpoints"])
+    found = preflight.disk_problems(stage.directory, count * (12 * copies + 4), what)
     share = count * 16 * max(1, config.parallelism.data_parallel_replicate_degree) / world
     if torch.cuda.is_available():
         free = torch.cuda.mem_get_info(int(os.environ["LOCAL_RANK"]))[0]

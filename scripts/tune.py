@@ -144,7 +144,7 @@ def _needs(stage: Rank, cfg) -> list[str]:
     reference = weights if cfg.recipe.startswith("full_dpo") else 0
     share = (weights * (4 if full else 1) + reference) / stage.nodes
     disk = weights * cfg.epochs + (3 * 3 * weights if full else 0)
-    found = preflight.disk_problems(stage.directory, disk, "checkpoints and the model", ["checkpoints"])
+    found = preflight.disk_problems(stage.directory, disk, "checkpoints and the model")
     return found + (preflight.memory_problems(share, "training here") if cfg.device == "cpu" else [])
 
 

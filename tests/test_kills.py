@@ -62,7 +62,6 @@ class Attempt:
 
     def __init__(self, stage: str, **settings: str):
         self.directory = rundir.runs_root() / settings["RUN"] / stage
-        self.before = rundir.attempts(self.directory) if self.directory.exists() else []
         self.output = tempfile.TemporaryFile("a+")  # noqa: SIM115  not among the runs: their disk will be full
         command = [sys.executable, "-m", "scripts.launch", stage]
         streams = {"stdout": self.output, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
