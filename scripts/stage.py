@@ -157,7 +157,8 @@ class Stage:
                     continue
                 said = json.loads(line[mark + len(MARK) :])
                 if "say" in said:
-                    show.line(said.pop("say"))
+                    show.line(said["say"])
+                    continue
                 if "step" in said and not self.training:
                     self.training = True
                     if said["step"] < said["total"]:
