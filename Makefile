@@ -8,19 +8,19 @@ CLUSTER ?= local
 export RUN MODEL CLUSTER NODES GPUS FROM DATA ARGS STAGE DRY_RUN FORCE BIND PORT API_KEY_FILE PROMPT RUNS
 export PRETRAIN_ARGS FINETUNE_ARGS ALIGN_ARGS EVALUATE_ARGS DEPLOY_ARGS
 
-LAUNCHER = launch submission local report rundir modeldir preflight errors chat stage progress
+LAUNCHER = launch submission local slurm slurm_checks report rundir modeldir preflight errors chat stage nodes process progress
 LAUNCH := $(PYTHON) -m scripts.launch
 VENV    = $(if $(or $(DRY_RUN),$(filter-out local,$(CLUSTER))),,.venv/installed)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo pipeline data pretrain finetune align evaluate deploy undeploy chat status logs lineage stop clean \
-        test test-all lint lock golden
+        test test-all test-slurm lint lock golden
 
 help: ## This help
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@printf '\nVariables\n'
 	@printf '  %-22s %s\n' \
-	  'RUN=name' 'the run (default: the model'"'"'s name); MODEL=debug CLUSTER=local NODES=1' \
+	  'RUN=name' 'the run (default: the model'"'"'s name); MODEL=debug NODES=1; CLUSTER=slurm' \
 	  'GPUS=1' 'processes on each node' \
 	  'DATA=file|folder' '.txt or .jsonl; default: the documentation inside this Python' \
 	  'FROM=dir' 'start from this Hugging Face directory' \
@@ -71,9 +71,12 @@ test: .venv/installed ## The fast tests
 	@.venv/bin/python -m pytest -q -m "not slow" tests
 test-all: .venv/installed ## Every test, the whole line included
 	@.venv/bin/python -m pytest -q --durations=12 tests
-lint: .venv/installed ## ruff, shellcheck, vermin
+test-slurm: .venv/installed ## The Slurm tests, on a Slurm of their own; RELAY_SLURM=site: on this cluster
+	@.venv/bin/python -m pytest -q --durations=12 tests/test_slurm_text.py tests/test_slurm.py
+lint: .venv/installed ## ruff, shellcheck, vermin, sbatch headers
 	@.venv/bin/python -m ruff check . && .venv/bin/python -m ruff format --check .
-	@.venv/bin/shellcheck -x requirements/*.sh .ci/run
+	@.venv/bin/shellcheck -x requirements/*.sh .ci/run slurm/*.sh slurm/*.sbatch
+	@bash slurm/lint.sh
 	@.venv/bin/vermin -q --no-tips --violations -t=3.9- $(addprefix scripts/,$(addsuffix .py,$(LAUNCHER)))
 lock: ## Resolve requirements/*.in anew into *.lock
 	@sh requirements/lock.sh

@@ -58,8 +58,9 @@ def ask(server: Server, messages: list[dict], max_tokens: int = 128) -> tuple[in
 def main() -> int:
     """One question by PROMPT=, or a conversation until end of input."""
     run = os.environ.get("RUN") or os.environ.get("MODEL") or "debug"
+    directory = rundir.stage_dir(run, "deploy")
     try:
-        server = Server(rundir.stage_dir(run, "deploy"))
+        server = Server(directory)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_INPUT
@@ -70,6 +71,7 @@ def main() -> int:
     while True:
         try:
             messages.append({"role": "user", "content": input("> ")})
+            server = Server(directory)  # a requeued service may be on another node by now
             code, answer = ask(server, messages)
         except (EOFError, KeyboardInterrupt):
             print()

@@ -7,7 +7,8 @@ import threading
 
 from scripts import modeldir, preflight, report, rundir, service
 from scripts.errors import InputError
-from scripts.stage import Stage, die_with_parent, run
+from scripts.process import die_with_parent
+from scripts.stage import Stage, run
 
 
 def main(stage: Stage) -> dict:

@@ -21,13 +21,17 @@ from scripts.submission import CLUSTERS, Request, Submission, differences, folde
 
 def launch(request: Request, stage: str) -> int:
     """Start one stage, or say that it is done. Returns an exit code."""
-    submission = plan(request, stage, pending=("data",))
+    cluster, jobs = CLUSTERS[request.cluster], look(request.run)
+    plan(request, stage, pending=("data", *_ahead(request, stage, jobs)))  # before data begins
     unprepared = stage in (*TRAINED, "evaluate") and not prepared_data(request)
     given = request.data and request.verb != "pipeline"  # a pipeline has run its data stage already
-    if unprepared and (given or not record(stage_dir(request.run, "data"))):
+    if unprepared and (given or not record(stage_dir(request.run, "data"))) and "data" not in _ahead(request, stage, jobs):
         code = launch(request, "data")
         if code:
             return code
+        jobs = look(request.run)
+    ahead = _ahead(request, stage, jobs)
+    submission = plan(request, stage, pending=("data", *ahead))
     kept = record(submission.directory) or (submission.directory / "checkpoints").exists()
     changed = differences(submission) if kept else []  # nothing to lose: a mended ARGS may simply try again
     if changed:
@@ -41,21 +45,37 @@ def launch(request: Request, stage: str) -> int:
     if record(submission.directory):
         print(f"{stage}: done already; {report.one_line(submission.directory)}")
         return DONE
-    state = "running" if rundir.running(submission.directory) else ""
+    job, state = jobs.get(stage), "running" if rundir.running(submission.directory) else ""
     if stage == "deploy":
-        while (state := report.service_state(submission.directory)) == "loading":
-            time.sleep(0.5)  # another launch of it, whose launcher may be gone
+        state = report.service_state(submission.directory)
+    if job and job.active and state not in ("serving", "silent"):
+        again = f"wait for it, or stop it: make stop RUN={request.run} STAGE={stage}"
+        raise InputError(f"{stage}: submitted already: {job.note}; {again}")
+    while state == "loading":
+        time.sleep(0.5)  # another launch of it, whose launcher may be gone
+        state = report.service_state(submission.directory)
     if state == "serving":
         print(f"deploy: serving already; {report.one_line(submission.directory)}")
         return DONE
     if state == "silent":
         print("deploy: the service does not answer any more; starting it anew", flush=True)
-        CLUSTERS[request.cluster].stop(submission.directory)
+        _cluster_of(stage, jobs).stop(submission.directory)
     elif state:
         raise InputError(rundir.already_running(submission.directory, rundir.running(submission.directory)))
-    cluster = CLUSTERS[request.cluster]
-    write(submission, cluster.command_line(submission))
-    return cluster.submit(submission)
+    after = list(ahead.values())[-1:]  # which has the others ahead of itself
+    write(submission, cluster.command_line(submission, *after))
+    return cluster.submit(submission, *after)
+
+
+def look(run: str) -> dict[str, rundir.Job]:
+    """What the schedulers say of a run's stages. Raises InputError if one that has a job of it does not answer."""
+    return {stage: job for cluster in CLUSTERS.values() for stage, job in cluster.look(run).items()}
+
+
+def _ahead(request: Request, stage: str, jobs: dict[str, rundir.Job]) -> dict[str, str]:
+    """{stage: job} of what is under way before this stage on the same cluster."""
+    before = STAGES[: STAGES.index(stage)]
+    return {s: jobs[s].id for s in before if s in jobs and jobs[s].active and jobs[s].cluster == request.cluster}
 
 
 def write(submission: Submission, submitted: str) -> None:
@@ -73,11 +93,30 @@ def pipeline(request: Request) -> int:
         plan(request, stage, pending=tuple(stages[: stages.index(stage)]))  # every problem before the first minute
     for stage in stages:
         print(f"\n== {stage}", flush=True)
+        job = look(request.run).get(stage)
+        if job and job.active and job.cluster == request.cluster:
+            print(f"{stage}: {job.note}")
+            continue
         code = launch(request, stage)
         if code:
             return code
-    print("\n" + report.table(request.run))
+    jobs = look(request.run)
+    print("\n" + report.table(request.run, jobs))
+    if any(job.active for job in jobs.values()):
+        print(f"\nThe queue does the rest; make status RUN={request.run}")
+        return DONE
     return report.sample(request.run)
+
+
+def status(request: Request) -> int:
+    """The table; what is recorded, where a scheduler does not answer."""
+    try:
+        jobs = look(request.run)
+    except InputError:
+        print(report.table(request.run))
+        raise
+    print(report.table(request.run, jobs))
+    return DONE
 
 
 def show_dry_run(request: Request) -> None:
@@ -91,19 +130,34 @@ def show_dry_run(request: Request) -> None:
             print(f"# {relative(submission.directory)}/{name}\n{submission.files[name].strip()}")
         for name in sorted(set(submission.files) - {"stage.env", "args.json"}):
             print(f"# {relative(submission.directory)}/{name}")
-        print(CLUSTERS[request.cluster].command_line(submission) + "\n")
+        print(CLUSTERS[request.cluster].show(submission, *stages[: stages.index(stage)][-1:]) + "\n")
 
 
 def stop(request: Request) -> int:
-    """Stop whatever of the run is running: state is saved where the stage can, the same command goes on."""
+    """Stop whatever of the run is running: state is saved where the stage can, the same command goes on. What waits in
+    a queue for a stopped stage goes with it."""
     report.check_exists(request.run)
-    stages = [s for s in STAGES if rundir.running(stage_dir(request.run, s)) and request.stage in ("", s)]
+    jobs = look(request.run)
+    stages = [s for s in _under_way(request.run, jobs) if request.stage in ("", s)]
     if not stages:
-        print(f"nothing of run {request.run} is running")
-    for stage in stages:
-        CLUSTERS[request.cluster].stop(stage_dir(request.run, stage))
-        print(f"{stage}: stopped")
+        print(f"nothing of run {request.run}{' stage ' + request.stage if request.stage else ''} is running")
+        return DONE
+    waiting = [s for s, job in jobs.items() if job.word == "queued" and STAGES.index(s) > STAGES.index(stages[0])]
+    for stage in [*reversed(waiting), *(s for s in stages if s not in waiting)]:  # the last first: none may start meanwhile
+        _cluster_of(stage, jobs).stop(stage_dir(request.run, stage))
+        queued = stage in jobs and jobs[stage].word == "queued"
+        print(f"{stage}: {'taken from the queue' if queued else 'stopped'}", flush=True)
+    if waiting:
+        print(f"make pipeline RUN={request.run} CLUSTER={jobs[waiting[0]].cluster} goes on, and submits the others again")
     return DONE
+
+
+def _under_way(run: str, jobs: dict[str, rundir.Job]) -> list[str]:
+    return [s for s in STAGES if rundir.running(stage_dir(run, s)) or (s in jobs and jobs[s].active)]
+
+
+def _cluster_of(stage: str, jobs: dict[str, rundir.Job]):
+    return CLUSTERS[jobs[stage].cluster if stage in jobs and jobs[stage].active else "local"]
 
 
 def clean(request: Request) -> int:
@@ -111,7 +165,7 @@ def clean(request: Request) -> int:
     target = stage_dir(request.run, request.stage) if request.stage else rundir.runs_root() / request.run
     if not target.exists():
         raise InputError(f"{target}: nothing there; runs: {', '.join(sorted(folder_names(rundir.runs_root()))) or 'none'}")
-    busy = [s for s in STAGES if rundir.running(stage_dir(request.run, s)) and request.stage in ("", s)]
+    busy = [s for s in _under_way(request.run, look(request.run)) if request.stage in ("", s)]
     if busy:
         raise InputError(f"{', '.join(busy)} of run {request.run} is running; first make stop RUN={request.run}")
     shutil.rmtree(target)
@@ -124,7 +178,7 @@ def main(arguments: list[str]) -> int:
     verbs = {
         **{stage: lambda request: launch(request, request.verb) for stage in STAGES},
         "pipeline": pipeline,
-        "status": lambda request: print(report.table(request.run)) or DONE,
+        "status": status,
         "logs": lambda request: report.logs(request.run, request.stage),
         "lineage": lambda request: report.lineage(request.run),
         "stop": stop,

@@ -16,7 +16,14 @@ from pathlib import Path
 
 from scripts import report, rundir
 from scripts.errors import DONE, InputError
-from scripts.stage import die_with_parent
+from scripts.process import die_with_parent
+
+BIND = "127.0.0.1"  # where deploy listens unless told otherwise
+
+
+def look(run: str) -> dict:
+    """No queue here: the run directory says it all."""
+    return {}
 
 
 def problems(submission) -> list[str]:
@@ -32,13 +39,18 @@ def command(submission) -> tuple[dict[str, str], list[str]]:
     return env, [".venv/bin/python", "-m", f"scripts.{submission.stage}", rundir.relative(submission.directory)]
 
 
-def command_line(submission) -> str:
+def command_line(submission, after: str = "") -> str:
     """The same as one line that works pasted into a shell, in the repository."""
     env, words = command(submission)
     return " ".join([*(f"{key}={value}" for key, value in env.items()), shlex.join(words)])
 
 
-def submit(submission) -> int:
+def show(submission, after: str = "") -> str:
+    """What a dry run shows."""
+    return command_line(submission)
+
+
+def submit(submission, after: str = "") -> int:
     """Run the stage in the foreground; deploy in the background until it serves. Returns its exit code."""
     env, words = command(submission)
     environment = {**os.environ, **env}

@@ -16,7 +16,7 @@ def main(stage: Stage) -> dict:
     """Around the ranks: a tokenizer and an architecture before, the Hugging Face directory after."""
     assets = stage.path("FROM") if "FROM" in stage.facts else compose_assets(stage)
     export = stage.scratch("export")
-    stage.ranks({"RELAY_ASSETS": str(assets)})
+    stage.ranks()
     model = hand_over(export, assets, stage.directory / "model")
     return {
         "inputs": {"data": rundir.describe(stage.path("DATA")), "assets": rundir.describe(assets)},

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from scripts import rundir
 from scripts.errors import InputError
-from scripts.stage import MARK, Stage, die_with_parent
+from scripts.process import die_with_parent
+from scripts.stage import MARK, Stage
 
 
 class Left(Exception):
@@ -49,6 +50,8 @@ class Rank(Stage):
     def asked_to_stop(self) -> bool:
         """Whether to save and leave now. Call it on every rank between the same two steps: rank 0 looks, a
         broadcast makes all agree; over gloo, so that nobody waits for a GPU."""
+        if os.environ["RANK"] == "0":
+            self.refuse_a_second_writer()
         asked = os.environ["RANK"] == "0" and self.stop_file.exists()
         if os.environ["WORLD_SIZE"] == "1":
             return asked

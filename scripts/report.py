@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 
 from scripts import rundir
@@ -23,7 +24,7 @@ def result(directory: Path) -> str:
         return ", ".join(f"{name} {value:.3f}" for name, value in summary["scores"].items())
     if directory.name == "deploy":
         server = read_json(directory / "server.json")
-        return f"http://{server['bind']}:{server['port']}/v1" if server and rundir.running(directory) else ""
+        return f"http://{server['host']}:{server['port']}/v1" if server and rundir.running(directory) else ""
     if not summary and directory.exists():
         summary = read_json(directory / "progress.json") or {}
         if summary.get("attempt") != len(rundir.attempts(directory)) or "step" not in summary:
@@ -76,8 +77,8 @@ def service_state(directory: Path) -> str:
         return "silent"
 
 
-def table(run: str) -> str:
-    """One line a stage: status, time, tokens/s, loss or score or address."""
+def table(run: str, jobs: Mapping[str, rundir.Job] | None = None) -> str:
+    """One line a stage: status, time, tokens/s; loss, score or address, and what its job waits for or why it failed."""
     check_exists(run)
     rows = [("stage", "status", "seconds", "tokens/s", "result")]
     for stage in STAGES:
@@ -85,13 +86,27 @@ def table(run: str) -> str:
         state = rundir.status(directory)
         if stage == "deploy" and state == "running":
             state = service_state(directory)
-        rows.append((stage, state, seconds(directory), speed(directory), result(directory)))
+        job = (jobs or {}).get(stage)
+        if job and state != "done" and job.word in ("queued", "cancelled"):
+            state = job.word
+        if job and job.word == "running" and state not in ("done", "running", "serving", "loading", "silent"):
+            state = "starting"
+        said = [result(directory), job.note if job and state != "done" else "", _fault(directory, state)]
+        rows.append((stage, state, seconds(directory), speed(directory), "; ".join(s for s in said if s)))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [
         "  ".join(cell.rjust(w) if i in (2, 3) else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))) + f"  {row[4]}"
         for row in rows
     ]
     return f"run {run}\n" + "\n".join(line.rstrip() for line in lines)
+
+
+def _fault(directory: Path, state: str) -> str:
+    """The first line of what a stage ended with."""
+    if state not in ("failed", "refused", "lost"):
+        return ""
+    said = rundir.attempts(directory)[-1].get("error", "").strip()
+    return said.splitlines()[0][:160] if said else ""
 
 
 def sample(run: str) -> int:
@@ -106,7 +121,8 @@ def sample(run: str) -> int:
 
 def logs(run: str, stage: str) -> int:
     """Print the end of the newest log of a stage, or of the stage that was active last."""
-    candidates = [p for s in STAGES if stage in ("", s) for p in stage_dir(run, s).glob("logs/attempt-*.log")]
+    kinds = ("attempt-*.log", "slurm-*.log")
+    candidates = [p for s in STAGES if stage in ("", s) for kind in kinds for p in stage_dir(run, s).glob(f"logs/{kind}")]
     if not candidates:
         raise InputError(f"run {run}{' stage ' + stage if stage else ''}: no logs yet; make status RUN={run}")
     newest = max(candidates, key=lambda p: p.stat().st_mtime)

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
 from scripts.errors import InputError
@@ -135,6 +135,19 @@ def record(directory: Path) -> dict | None:
     return read_json(directory / "stage.json")
 
 
+class Job(NamedTuple):
+    """What a scheduler says of a stage's job."""
+
+    cluster: str
+    id: str
+    word: str  # queued, running, cancelled (it left the queue before it began), "" if the run directory tells the rest
+    note: str
+
+    @property
+    def active(self) -> bool:
+        return self.word in ("queued", "running")
+
+
 # --- attempts --------------------------------------------------------------------------------------------------
 
 
@@ -179,13 +192,16 @@ def begin_attempt(directory: Path) -> dict:
     """Take the stage for this process. Raises InputError if another attempt runs or wins the race."""
     (directory / "attempts").mkdir(parents=True, exist_ok=True)
     current = running(directory)
+    start = {"job": os.environ.get("RELAY_JOB", ""), "rendezvous": os.environ.get("PET_RDZV_ID", "")}
+    if current and start["job"] == current["job"] != "" and start["rendezvous"] != current["rendezvous"]:
+        current = None  # an earlier start of this job: the scheduler ended it there before it began here
     attempt = {
         "attempt": len(attempts(directory)) + 1,
         "host": socket.gethostname(),
         "boot": boot_id(),
         "pid": os.getpid(),
         "process_start": process_start(os.getpid()),
-        "job": os.environ.get("RELAY_JOB", ""),
+        **start,
         "started": time.time(),
         "monotonic": time.monotonic(),  # durations must not depend on a clock that can be set back
     }
@@ -222,6 +238,12 @@ def end_attempt(directory: Path, attempt: dict, exit_code: int, error: str = "")
     """Record how an attempt ended; the next one may begin."""
     attempt.update(ended=time.time(), seconds=seconds_since(attempt), exit=exit_code, error=error)
     write_atomic(directory / "attempts" / f"{attempt['attempt']}.json", dump_json(attempt))
+
+
+def bury(directory: Path, attempt: dict, why: str) -> None:
+    """Record that another host's attempt is gone without a word: its scheduler says so."""
+    content = {**attempt, "ended": time.time(), "exit": None, "error": why}
+    write_atomic(directory / "attempts" / f"{attempt['attempt']}.json", dump_json(content))
 
 
 def status(directory: Path) -> str:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from scripts import compat, rundir
 from scripts.errors import InputError
-from scripts.stage import Stage, die_with_parent
+from scripts.process import die_with_parent
+from scripts.stage import Stage
 
 ALL_INTERFACES = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104  where to reach a server bound to them
 
@@ -96,6 +97,8 @@ def announce(stage: Stage, address: Path, model: dict) -> None:
     """Write server.json as soon as /health answers."""
     bind, port, began = stage.facts["BIND"], stage.facts["PORT"], time.monotonic()
     host = ALL_INTERFACES.get(bind, f"[{bind}]" if ":" in bind else bind)
+    if bind in ALL_INTERFACES:
+        host = os.environ.get("RELAY_ADDRESS", host)  # a cluster's: how other machines reach this one
     while True:
         try:
             with urllib.request.urlopen(f"http://{host}:{port}/health", timeout=5):

@@ -10,10 +10,8 @@ so the parent reads the error files that ranks leave and decides:
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -23,8 +21,9 @@ import traceback
 from pathlib import Path
 from typing import Callable
 
-from scripts import rundir
+from scripts import nodes, rundir
 from scripts.errors import DONE, SAVED, WRONG_INPUT, InputError
+from scripts.process import below_a_stage, how_it_ended, tail
 from scripts.progress import Progress
 
 MARK = "@relay "  # a rank's line for its parent; everything else is upstream's own output
@@ -85,10 +84,16 @@ class Stage:
         """This attempt's number, from 1."""
         return self.attempt.get("attempt") or int(os.environ["RELAY_ATTEMPT"])
 
+    def refuse_a_second_writer(self) -> None:
+        """A scheduler that lost sight of a node starts the stage elsewhere, while on that node it may still run."""
+        if (self.directory / "attempts" / f"{self.attempt_number + 1}.json").exists():
+            raise RankFailed(f"attempt {self.attempt_number + 1} has taken this stage over")
+
     @property
     def log(self) -> Path:
-        """The log of this attempt."""
-        return self.directory / "logs" / f"attempt-{self.attempt_number}.log"
+        """The log of this attempt, on this node."""
+        node = f".node{nodes.rank()}" if nodes.rank() else ""
+        return self.directory / "logs" / f"attempt-{self.attempt_number}{node}.log"
 
     @property
     def stop_file(self) -> Path:
@@ -118,15 +123,11 @@ class Stage:
             "PYTHONPATH": str(rundir.ROOT),
         }
         if self.nodes * self.processes == 1:
-            env |= {
-                "RANK": "0",
-                "LOCAL_RANK": "0",
-                "WORLD_SIZE": "1",
-                "LOCAL_WORLD_SIZE": "1",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": "0",
-            }
+            env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         else:
+            if nodes.rank() == 0:
+                nodes.call(self.directory, self.attempt_number)
             command[1:2] = ["-m", "torch.distributed.run", "--log-dir", str(self.directory / "logs"), "--tee", "3", "-m"]
         self.command(command, env, cwd)
 
@@ -134,18 +135,9 @@ class Stage:
         """Run a child to its end, its output in the log, its progress on this terminal."""
         self.log.parent.mkdir(exist_ok=True)
         with open(self.log, "a", encoding="utf-8", errors="replace") as log:
-            child = subprocess.Popen(
-                command,
-                cwd=cwd,
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                start_new_session=True,
-                preexec_fn=die_with_parent,
-            )
+            streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "errors": "replace"}
+            own = {"start_new_session": True, "preexec_fn": below_a_stage}
+            child = subprocess.Popen(command, cwd=cwd, env=env, text=True, **streams, **own)
             self._child = child
             show = Progress(self.name)
             for line in child.stdout:
@@ -170,18 +162,31 @@ class Stage:
                     rundir.write_atomic(self.directory / "progress.json", rundir.dump_json(content))
             code = child.wait()
             show.end()
-        errors = sorted(
-            (json.loads(p.read_text()) for p in self.directory.glob(f"logs/error-{self.attempt['attempt']}-*.json")),
-            key=lambda e: e["time"],
-        )
-        self.stop_file.unlink(missing_ok=True)
-        if self.stop_requested and (code == 0 or not self.training):
+        if self.nodes > 1 and nodes.rank() == 0:
+            if not self.stop_requested:
+                self._hear()
+            time.sleep(3 if code else 0)  # another node's ranks may have failed first, and say so now
+        errors = self.errors()
+        if nodes.rank() == 0:
+            self.stop_file.unlink(missing_ok=True)
+        if self.stop_requested and (code == 0 or not self.training or not errors):
             raise Stopped
         if errors and errors[0]["problems"]:
             raise InputError(errors[0]["problems"])
         if code != 0:
-            first = f"rank {errors[0]['rank']}: {errors[0]['error']}" if errors else _how_it_ended(code)
+            first = f"rank {errors[0]['rank']}: {errors[0]['error']}" if errors else how_it_ended(code)
             raise RankFailed(f"{first}{self.full_disk()}\n\nlast lines of {self.log}:\n{tail(self.log)}")
+
+    def errors(self) -> list[dict]:
+        """What ranks of this attempt left behind, first failure first."""
+        files = self.directory.glob(f"logs/error-{self.attempt_number}-*.json")
+        return sorted((json.loads(p.read_text()) for p in files), key=lambda e: e["time"])
+
+    def _hear(self) -> None:
+        """Take over what rank 0 has told the parent on its own node, which may be another."""
+        said = rundir.read_json(self.directory / "progress.json") or {}
+        if said.pop("attempt", None) == self.attempt_number:
+            self.progress, self.training = said, True
 
     def full_disk(self) -> str:
         """A sentence where there is no space left: tools say it in many ways, torch with "unexpected pos"."""
@@ -195,6 +200,8 @@ class Stage:
         so is everything at the second signal."""
         child, first = self._child, not self.stop_requested
         self.stop_requested = True
+        if self.nodes > 1 and first:
+            self._hear()
         if child is None or child.poll() is not None:
             if first:
                 raise Stopped
@@ -204,7 +211,12 @@ class Stage:
                 os.write(1, f"\n{self.name}: saving at the end of this step; once more to leave without\n".encode())
         else:
             self.training = False
-            os.killpg(child.pid, signal.SIGTERM if first else signal.SIGKILL)
+            self.kill(signal.SIGTERM if first else signal.SIGKILL)
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """End the ranks of this node, if there are any."""
+        if self._child is not None and self._child.poll() is None:
+            os.killpg(self._child.pid, number)
 
 
 def run(main: Callable[[Stage], dict], rank: Callable | None = None) -> None:
@@ -222,13 +234,18 @@ def run(main: Callable[[Stage], dict], rank: Callable | None = None) -> None:
         run_rank(Path(sys.argv[1]), rank)
         return
     stage = Stage(Path(sys.argv[1]))
+    if nodes.rank():
+        nodes.follow(stage)
+    if rundir.record(stage.directory):
+        print(f"{stage.name}: done already")  # a second job of it that waited in a queue
+        sys.exit(DONE)
     try:
         stage.attempt = rundir.begin_attempt(stage.directory)
-    except InputError as problem:
-        print(f"{stage.name}: {problem}", file=sys.stderr)
-        sys.exit(WRONG_INPUT)
-    except OSError as problem:
-        print(f"{stage.name}: cannot write {stage.directory}: {problem.strerror}; mend its permissions", file=sys.stderr)
+    except (InputError, OSError) as problem:
+        written = f"cannot write {stage.directory}: {getattr(problem, 'strerror', '')}; mend its permissions"
+        print(f"{stage.name}: {problem if isinstance(problem, InputError) else written}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            nodes.call(stage.directory, None)
         sys.exit(WRONG_INPUT)
     code, error = DONE, ""
     stops = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -250,6 +267,8 @@ def run(main: Callable[[Stage], dict], rank: Callable | None = None) -> None:
     with contextlib.suppress(OSError):  # a full disk: the process is gone all the same, and the next attempt may begin
         rundir.end_attempt(stage.directory, stage.attempt, code, error)
     with contextlib.suppress(OSError):
+        nodes.call(stage.directory, None)
+    with contextlib.suppress(OSError):
         if error:
             print(f"\n{stage.name}: {error}", file=sys.stderr)
     sys.exit(code)
@@ -257,6 +276,7 @@ def run(main: Callable[[Stage], dict], rank: Callable | None = None) -> None:
 
 def _finish(stage: Stage, result: dict) -> None:
     """Write stage.json: from here on the stage is done."""
+    stage.refuse_a_second_writer()
     history = rundir.attempts(stage.directory)
     content = {
         "stage": stage.name,
@@ -273,22 +293,3 @@ def _finish(stage: Stage, result: dict) -> None:
         **result,
     }
     rundir.write_atomic(stage.directory / "stage.json", rundir.dump_json(content))
-
-
-def die_with_parent(number: int = signal.SIGKILL) -> None:
-    """Ask the kernel for a signal to this process when its parent dies (prctl(2), PR_SET_PDEATHSIG = 1):
-    torchrun starts ranks in sessions of their own, so a killed parent otherwise leaves writers behind."""
-    ctypes.CDLL(None).prctl(1, number)
-
-
-def tail(path: Path, lines: int = 25) -> str:
-    """The last lines of a file, terminal colours and carriage returns removed."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", path.read_text(encoding="utf-8", errors="replace"))
-    return "\n".join(line.split("\r")[-1] for line in text.splitlines()[-lines:])
-
-
-def _how_it_ended(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    hint = " (out of memory?)" if -code == signal.SIGKILL else ""
-    return f"killed by {signal.Signals(-code).name}{hint}"

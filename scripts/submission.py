@@ -11,11 +11,11 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scripts import local, modeldir, preflight, report, rundir
+from scripts import local, modeldir, preflight, report, rundir, slurm
 from scripts.errors import InputError
 from scripts.rundir import ROOT, STAGES, TRAINED, as_fact, dump_json, read_json, record, relative, stage_dir
 
-CLUSTERS = {"local": local}
+CLUSTERS = {"local": local, "slurm": slurm}
 CONFIGS = ROOT / "configs"
 
 
@@ -102,7 +102,7 @@ def read_request(verb: str, env: dict[str, str]) -> Request:
         data=path("DATA"),
         source=path("FROM"),
         stage=get("STAGE"),
-        bind=get("BIND", "127.0.0.1"),
+        bind=get("BIND", CLUSTERS[cluster].BIND),
         port=get("PORT", "8000"),
         api_key_file=path("API_KEY_FILE"),
         force=get("FORCE") not in ("", "0"),
@@ -224,7 +224,7 @@ def _check_service(request: Request, facts: dict[str, str], model: Path | None, 
             found.append(f"API_KEY_FILE={key}: missing or empty; openssl rand -hex 24 > {key}; chmod 600 {key}")
         elif key.stat().st_mode & 0o077:
             found.append(f"API_KEY_FILE={key}: readable by others; chmod 600 {key}")
-    elif request.bind not in ("127.0.0.1", "localhost", "::1"):
+    elif request.bind not in ("127.0.0.1", "localhost", "::1", CLUSTERS[request.cluster].BIND):
         found.append(
             f"BIND={request.bind}: others can reach that address, so it needs a key of yours: "
             "(umask 077; openssl rand -hex 24 > api-key) and API_KEY_FILE=api-key"

@@ -21,7 +21,7 @@ def overrides(stage: Rank) -> list[str]:
     flags = {
         "model.name": SPEC,
         "model.flavor": SPEC,
-        "model.hf_assets_path": str(_assets()),
+        "model.hf_assets_path": str(_assets(stage)),
         "training.dataset": SPEC,
         "training.dataset_path": str(stage.path("DATA") / "text.jsonl"),
         "job.dump_folder": str(stage.directory),
@@ -65,7 +65,7 @@ def check(stage: Rank, config) -> None:
     from scripts.architecture import read_architecture
 
     found = []
-    sizes = read_architecture(_assets() / "config.json")
+    sizes = read_architecture(_assets(stage) / "config.json")
     tokens = (read_json(stage.path("DATA") / "data.json") or {}).get("tokens", 0)
     world = stage.nodes * stage.processes
     batch = config.training.seq_len * max(config.training.global_batch_size, config.training.local_batch_size * world)
@@ -91,7 +91,7 @@ def _needs(stage: Rank, config, world: int) -> list[str]:
     """Disk and memory for float32 weights, gradients and Adam's two moments: 4 bytes each a parameter, sharded."""
     import torch
 
-    count = preflight.parameters(read_json(_assets() / "config.json"))
+    count = preflight.parameters(read_json(_assets(stage) / "config.json"))
     saves = config.training.steps // config.checkpoint.interval + 1
     # Two more than are kept: torchtitan lists what to remove before a save has made its folder, and not after the last.
     copies = min(saves, config.checkpoint.keep_latest_k + 2) if config.checkpoint.keep_latest_k else saves
@@ -104,9 +104,9 @@ def _needs(stage: Rank, config, world: int) -> list[str]:
     return found + preflight.memory_problems(share * stage.processes, "training here")
 
 
-def _assets() -> Path:
-    """The directory with config.json and tokenizer that the parent chose for this attempt."""
-    return Path(os.environ["RELAY_ASSETS"])
+def _assets(stage: Rank) -> Path:
+    """The directory with config.json and tokenizer: FROM, or what the parent composed for this attempt."""
+    return stage.path("FROM") if "FROM" in stage.facts else stage.directory / "assets"
 
 
 def train(stage: Rank) -> None:
@@ -209,7 +209,7 @@ def _register(stage: Rank) -> None:
 
     from scripts.architecture import torchtitan_model_args
 
-    model_args = torchtitan_model_args(_assets() / "config.json")
+    model_args = torchtitan_model_args(_assets(stage) / "config.json")
     register_train_spec(SPEC, dataclasses.replace(get_train_spec(), model_args={SPEC: model_args}))
     DATASETS[SPEC] = DatasetConfig(
         path="",

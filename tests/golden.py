@@ -13,6 +13,7 @@ CASES = {
         "pretrain",
         {"RUN": "two", "GPUS": "2", "ARGS": "--training.steps 20 --job.description 'two words'"},
     ),
+    "slurm-pipeline.txt": ("pipeline", {"RUN": "demo", "CLUSTER": "slurm", "NODES": "2", "GPUS": "8"}),
     "local-deploy-forced.txt": ("deploy", {"RUN": "demo", "FORCE": "1", "PORT": "8001", "DEPLOY_ARGS": "--max-num-seqs 8"}),
 }
 

@@ -13,7 +13,7 @@ from conftest import ROOT
 from scripts.rundir import STAGES
 
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
-LAUNCHER = ("launch", "submission", "local", "report", "rundir", "modeldir", "errors", "chat", "stage", "progress")
+LAUNCHER = re.search(r"^LAUNCHER = (.*)", (ROOT / "Makefile").read_text(), re.M)[1].split()
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -1,0 +1,216 @@
+"""Slurm without a Slurm: what would be submitted and started, and every mistake that needs no cluster to be seen."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from golden import dry_run
+
+from scripts import local, rundir, slurm_checks, submission
+
+STAGES = rundir.STAGES
+APPTAINER = ': "${RELAY_RUNTIME:=apptainer}" "${RELAY_IMAGE:=relay.sif}"\n'
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what a login node needs, to edit."""
+    folder = tmp_path / "checkout"
+    for name in ("scripts", "slurm", "configs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / ".venv/bin").mkdir(parents=True)
+    (folder / ".venv/bin/python").symlink_to(sys.executable)
+    return folder
+
+
+def launch(checkout, verb="data", path="/usr/bin:/bin", **options):
+    """The launcher of a checkout with CLUSTER=slurm on an environment of nothing but `options`."""
+    env = {"PATH": path, "RUNS": str(checkout.parent / "runs"), "CLUSTER": "slurm", "RUN": "x", "MODEL": "debug", **options}
+    return subprocess.run([sys.executable, "-m", "scripts.launch", verb], cwd=checkout, env=env, capture_output=True, text=True)
+
+
+def srun(checkout, **env):
+    """The line that slurm/run.sh of a checkout starts on each node."""
+    env = {"PATH": os.environ["PATH"], "DRY_RUN": "1", **env}
+    words = ["bash", "slurm/run.sh", "runs/x/pretrain"]
+    result = subprocess.run(words, cwd=checkout, env=env, capture_output=True, text=True, check=True)
+    return result.stdout.strip().replace(str(checkout), "/repo").replace(str(checkout.resolve()), "/repo")
+
+
+# --- parity ---
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_local_and_slurm_run_the_same(stage, model):
+    """One command in the job and the same facts; where a service listens is the cluster's matter."""
+    outputs = {}
+    for cluster in submission.CLUSTERS:
+        said = dry_run(
+            stage, {"RUN": "x", "FROM": str(model), "DATA": "", "FORCE": "1", "GPUS": "2", "CLUSTER": cluster, "BIND": "127.0.0.1"}
+        )
+        block = said.split(f"# runs/x/{stage}/stage.env\n")[1]
+        command = re.search(rf"\S*/python -m scripts\.{stage} runs/x/{stage}", block)[0]
+        outputs[cluster] = (block.split("\n#")[0], command)
+    assert outputs["slurm"] == outputs["local"]
+
+
+def test_the_interface_of_a_cluster_module_is_whole():
+    wanted = {"BIND", "look", "problems", "command_line", "show", "submit", "stop"}
+    for module in submission.CLUSTERS.values():
+        assert wanted <= set(dir(module)), module
+    assert local.look("x") == {}
+
+
+# --- the launch prefix, word by word ---
+
+
+def test_without_a_container(checkout):
+    assert srun(checkout) == "srun --wait=60 --kill-on-bad-exit=0 .venv/bin/python -m scripts.pretrain runs/x/pretrain"
+
+
+def test_pyxis(checkout):
+    line = srun(
+        checkout,
+        RELAY_RUNTIME="pyxis",
+        RELAY_IMAGE="/shared/relay.sqsh",
+        RELAY_MOUNTS="/data:/data",
+        NCCL_DEBUG="INFO",
+        FI_PROVIDER="efa",
+    )
+    assert line == (
+        "srun --wait=60 --kill-on-bad-exit=0 --container-image=/shared/relay.sqsh "
+        "--container-mounts=/repo:/repo\\,/repo/runs:/repo/runs\\,/data:/data --container-workdir=/repo "
+        "--container-env=FI_PROVIDER\\,NCCL_DEBUG\\,PET_NNODES\\,PET_NPROC_PER_NODE\\,PET_RDZV_BACKEND\\,PET_RDZV_ENDPOINT\\,PET_RDZV_ID\\,"
+        "RELAY_ADDRESS\\,RELAY_IMAGE\\,RELAY_JOB\\,RELAY_MOUNTS\\,RELAY_RUNTIME\\,RELAY_SRUN_FLAGS "
+        "python3 -m scripts.pretrain runs/x/pretrain"
+    )
+
+
+def test_apptainer_and_hyperpod(checkout):
+    line = srun(checkout, RELAY_RUNTIME="apptainer", RELAY_IMAGE="relay.sif", RELAY_SRUN_FLAGS="--auto-resume=1 --mpi=pmix")
+    assert line == (
+        "srun --wait=60 --kill-on-bad-exit=0 --auto-resume=1 --mpi=pmix "
+        "apptainer exec --nv --bind /repo:/repo\\,/repo/runs:/repo/runs --pwd /repo relay.sif python3 -m scripts.pretrain runs/x/pretrain"
+    )
+
+
+def test_an_admin_adapts_one_file(checkout):
+    """Other partition, account, mounts, interface and runtime: through site.env alone; what a user exports wins over it."""
+    site = checkout / "slurm/site.env"
+    lines = {"SBATCH_PARTITION": "h100", "SBATCH_ACCOUNT": "team", "NCCL_SOCKET_IFNAME": "en", "RELAY_RUNTIME": "apptainer"}
+    lines |= {"RELAY_IMAGE": "/img/relay.sif", "RELAY_MOUNTS": "/scratch:/scratch"}
+    text = site.read_text()
+    for name, value in lines.items():
+        text, count = re.subn(rf'^(# )?: "\$\{{{name}:=.*?\}}"', f': "${{{name}:={value}}}"', text, flags=re.M)
+        assert count >= 1, name
+    site.write_text(text)
+    assert "/scratch:/scratch" in srun(checkout)
+    assert "relay.sif" in srun(checkout)
+    shown = subprocess.run(
+        ["bash", "-c", "set -a; . slurm/site.env; env"],
+        cwd=checkout,
+        env={"SBATCH_ACCOUNT": "mine"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert {"SBATCH_PARTITION=h100", "SBATCH_ACCOUNT=mine", "NCCL_SOCKET_IFNAME=en"} <= set(shown.splitlines())
+
+
+# --- mistakes ---
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (None, ["slurm/site.env", "No such file", "git checkout"]),
+        ("SBATCH_PARTITION=(", ["slurm/site.env: line 1", "unexpected EOF"]),
+        (": ${NO_SUCH?}", ["slurm/site.env", "NO_SUCH"]),
+        (': "${RELAY_RUNTIME:=docker}"', ["RELAY_RUNTIME=docker", "known: none, pyxis, apptainer"]),
+        (': "${RELAY_RUNTIME:=pyxis}"', ["needs RELAY_IMAGE"]),
+        (': "${RELAY_RUNTIME:=pyxis}" "${RELAY_IMAGE:=/no/relay.sqsh}"', ["RELAY_IMAGE=/no/relay.sqsh", "no such file"]),
+        ("HF_TOKEN_PATH={secret}", ["HF_TOKEN_PATH=", "readable by others", "chmod 600"]),
+        ("SBATCH_TIMELIMIT=2", ["--time=2 ", "120 s", "SBATCH_TIMELIMIT", "SBATCH_SIGNAL"]),
+        ("SBATCH_TIMELIMIT=soon", ["--time=soon", "man sbatch"]),
+        ("", ["sbatch: not on PATH", "login node"]),
+    ],
+)
+def test_a_mistake_is_named_before_submission(checkout, tmp_path, line, words):
+    secret = tmp_path / "token"
+    secret.write_text("hf_abc")
+    secret.chmod(0o644)
+    site = checkout / "slurm/site.env"
+    if line is None:
+        site.unlink()
+    else:
+        site.write_text(line.replace("{secret}", str(secret)) + "\n" + site.read_text())
+    tools = tmp_path / "tools"  # a PATH without Slurm
+    tools.mkdir()
+    for name in ("bash", "env"):
+        (tools / name).symlink_to(shutil.which(name))
+    result = launch(checkout, path=str(tools))
+    assert result.returncode == 64, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "hf_abc" not in result.stderr
+    for word in words:
+        assert word in result.stderr, result.stderr
+    assert not (checkout.parent / "runs").exists()
+
+
+def test_secrets_stay_out_of_the_submission(checkout, model):
+    said = launch(checkout, "deploy", DRY_RUN="1", FROM=str(model), FORCE="1", HF_TOKEN="hf_abc").stdout  # noqa: S106
+    assert "hf_abc" not in said
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [
+        ("90", 5400),
+        ("1:30", 90),
+        ("02:00:00", 7200),
+        ("1-0", 86400),
+        ("1-12:30", 131400),
+        ("2-00:00:00", 172800),
+        ("UNLIMITED", float("inf")),
+    ],
+)
+def test_time_limits_are_read_as_sbatch_reads_them(limit, seconds):
+    assert slurm_checks.seconds(limit) == seconds
+
+
+# --- the files that admins read ---
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda text: text, []),
+        (lambda text: text.replace("#SBATCH --requeue", "# SBATCH --requeue"), ["is a comment", "no #SBATCH --requeue"]),
+        (lambda text: text + "#SBATCH --mem=1G\n", ["after the first command"]),
+        (lambda text: text.replace("#SBATCH --time=", "#SBATCH --tim"), ["no #SBATCH --time"]),
+        (lambda text: text + "if true; then\n", ["syntax error"]),
+        (lambda text: text + "true\n" * 9, ["more than 15 lines"]),
+    ],
+)
+def test_lint_sees_what_sbatch_passes_over(checkout, edit, words):
+    file = checkout / "slurm/align.sbatch"
+    file.write_text(edit(file.read_text()))
+    env = {**os.environ, "SLURM_CONF": "/dev/null"}  # no cluster
+    result = subprocess.run(["bash", "slurm/lint.sh"], cwd=checkout, env=env, capture_output=True, text=True)
+    assert (result.returncode != 0) == bool(words), result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+def test_the_tree_is_as_thin_as_it_says():
+    assert len((ROOT / "slurm/run.sh").read_text().splitlines()) <= 70
+    assert {p.stem for p in (ROOT / "slurm").glob("*.sbatch")} == set(STAGES)
+    for stage in STAGES:
+        assert len((ROOT / f"slurm/{stage}.sbatch").read_text().splitlines()) <= 15
+        assert ("gpus" in "".join(slurm_checks.header(stage))) == (stage in ("evaluate", "deploy"))  # trained stages: GPUS=
+    edits = [line for line in (ROOT / "slurm/run.sh").read_text().splitlines() if "EDIT" in line]
+    assert edits == [], "what a site changes is in site.env"
