@@ -2,7 +2,8 @@
 
     make demo && .venv/bin/python -m bench.operations demo overhead saves restart serving
 
-Every table reads or copies the finished run "demo", which must be served for the last.
+Every table reads or copies the finished run "demo", which must be served for `serving`. `slurm` needs no demo, but
+Debian's Slurm (tests/lab.py).
 """
 
 import json
@@ -85,11 +86,10 @@ def bare_command(stage: str, folder: Path) -> tuple[list[str], dict[str, str], P
     os.environ["RELAY_ATTEMPT"] = "1"
     rank, python = Rank(DEMO / stage), sys.executable
     one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    one |= {"PYTHONPATH": str(rundir.ROOT), "HF_HUB_OFFLINE": "1", "RELAY_ASSETS": str(DEMO / "pretrain/assets")}
+    one |= {"PYTHONPATH": str(rundir.ROOT), "HF_HUB_OFFLINE": "1"}
     if stage == "pretrain":
         from scripts.titan import overrides
 
-        os.environ["RELAY_ASSETS"] = one["RELAY_ASSETS"]
         words = [python, "-c", BARE_PRETRAIN, str(rank.directory), "--job.config_file", str(rank.config), *overrides(rank)]
         return [*words, "--job.dump_folder", str(folder)], one, rundir.ROOT
     if stage == "evaluate":
@@ -202,9 +202,48 @@ def serving(tokens: int = 128) -> None:
         print(f"| {clients} | {clients * times * tokens / (time.monotonic() - began):,.0f} |", flush=True)
 
 
+def slurm() -> None:
+    """The pipeline on two Slurm nodes against two processes on this machine, one thread each; queue gaps stand apart."""
+    from tests.lab import Lab
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    runs = {name: rundir.runs_root() / f"bench-{name}" for name in ("local", "slurm")}
+    for directory in runs.values():
+        shutil.rmtree(directory, ignore_errors=True)
+    ready = {}
+    quiet(["make", "-s", "pipeline", "RUN=bench-local", "GPUS=2"])
+    ready["local"] = json.loads((runs["local"] / "deploy/server.json").read_text())["ready_seconds"]
+    quiet(["make", "-s", "undeploy", "RUN=bench-local"])
+    with tempfile.TemporaryDirectory() as folder:
+        lab = Lab(Path(folder))
+        lab.up()
+        os.environ |= lab.environment
+        try:
+            quiet(["make", "-s", "pipeline", "RUN=bench-slurm", "NODES=2", "CLUSTER=slurm"])
+            while not (address := runs["slurm"] / "deploy/server.json").exists():
+                time.sleep(1)
+            ready["slurm"] = json.loads(address.read_text())["ready_seconds"]
+            quiet(["make", "-s", "undeploy", "RUN=bench-slurm"])
+        finally:
+            lab.down()
+    print("| stage | local, s | Slurm, s | ratio | gap before it, s |\n|---|---|---|---|---|")
+    sums, gaps, free = [0.0, 0.0], 0.0, json.loads((runs["slurm"] / "data/job.json").read_text())["submitted"]
+    for stage in rundir.STAGES:
+        here, there = (rundir.attempts(directory / stage)[-1] for directory in runs.values())
+        pair = [here["seconds"], there["seconds"]]
+        if stage == "deploy":
+            pair = list(ready.values())
+        gap, free = there["started"] - free, there["ended"]
+        sums, gaps = [a + b for a, b in zip(sums, pair)], gaps + gap
+        print(f"| {stage} | {pair[0]:.0f} | {pair[1]:.0f} | {pair[1] / pair[0]:.2f} | {gap:.1f} |")
+    print(f"| all | {sums[0]:.0f} | {sums[1]:.0f} | {sums[1] / sums[0]:.2f} | {gaps:.1f} |")
+    for directory in runs.values():
+        shutil.rmtree(directory)
+
+
 if __name__ == "__main__":
-    tables = {"demo": demo, "overhead": overhead, "saves": saves, "restart": restart, "serving": serving}
-    for name in sys.argv[1:] or tables:
+    tables = {"demo": demo, "overhead": overhead, "saves": saves, "restart": restart, "serving": serving, "slurm": slurm}
+    for name in sys.argv[1:]:
         print(f"\n{tables[name].__doc__}\n")
         tables[name]()
     shutil.rmtree(rundir.runs_root() / "bench", ignore_errors=True)

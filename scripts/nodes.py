@@ -40,8 +40,11 @@ def follow(stage) -> None:
     """Any other node: this node's ranks, from node 0's call to node 0's end. Exits, never returns."""
     from scripts.stage import RankFailed, Stopped
 
+    def asked(*_: object) -> None:
+        stage.stop_requested = True  # node 0 hears it, too, and does what there is to do
+
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # node 0 hears them, too, and its ranks agree with these
+        signal.signal(number, asked)
     file = _call_file(stage.directory)
     while not file.exists():
         time.sleep(0.5)
@@ -51,7 +54,9 @@ def follow(stage) -> None:
         threading.Thread(target=_leave_with_node_0, args=(stage, file), daemon=True).start()
         try:
             stage.ranks()
-        except (RankFailed, InputError, Stopped) as fault:
+        except Stopped:
+            pass
+        except (RankFailed, InputError) as fault:
             _note(stage, str(fault))
         while file.read_text():  # an end before node 0's would end the job's step a minute later, hand-over or not
             time.sleep(0.5)

@@ -108,6 +108,7 @@ def announce(stage: Stage, address: Path, model: dict) -> None:
     content = {
         "bind": bind,
         "host": host,
+        "node": socket.gethostname(),
         "port": int(port),
         "name": stage.run,
         "model": model,
