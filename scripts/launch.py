@@ -62,6 +62,7 @@ def launch(request: Request, stage: str) -> int:
         _cluster_of(stage, jobs).stop(submission.directory)
     elif state:
         raise InputError(rundir.already_running(submission.directory, rundir.running(submission.directory)))
+    (submission.directory / "job.json").unlink(missing_ok=True)  # an earlier job's, which is over
     after = list(ahead.values())[-1:]  # which has the others ahead of itself
     write(submission, cluster.command_line(submission, *after))
     return cluster.submit(submission, *after)

@@ -1,7 +1,7 @@
 """A stage on several nodes. Node 0's stage script is the stage: it alone takes the attempt, checks the input, hands over
 and has the exit code. The scripts of the other nodes start their ranks when it calls, and end when it has ended.
 
-They meet in one file of the run directory, attempts/<rendezvous id>.call: the attempt whose ranks are to start, empty
+They meet in one file of the run directory, attempts/<start>.call: the attempt whose ranks are to start, empty
 once node 0 has ended. Which node torchrun gives rank 0 to is not known before, and nothing here depends on it.
 """
 
@@ -27,7 +27,7 @@ def rank() -> int:
 
 
 def _call_file(directory: Path) -> Path:
-    return directory / "attempts" / f"{os.environ['PET_RDZV_ID']}.call"
+    return directory / "attempts" / f"{rundir.this_start()}.call"
 
 
 def call(directory: Path, attempt: int | None) -> None:

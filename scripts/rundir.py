@@ -188,12 +188,19 @@ def running(directory: Path) -> dict | None:
     return last[0] if last and alive(last[0]) else None
 
 
+def this_start() -> str:
+    """Names this start of a job's stage scripts, on all of its nodes: torchrun's rendezvous, new at each requeue, and
+    Slurm's step, new where a step alone is started again. "" on one machine."""
+    names = (os.environ.get(name) for name in ("PET_RDZV_ID", "SLURM_STEP_ID"))
+    return ".".join(name for name in names if name)
+
+
 def begin_attempt(directory: Path) -> dict:
     """Take the stage for this process. Raises InputError if another attempt runs or wins the race."""
     (directory / "attempts").mkdir(parents=True, exist_ok=True)
     current = running(directory)
-    start = {"job": os.environ.get("RELAY_JOB", ""), "rendezvous": os.environ.get("PET_RDZV_ID", "")}
-    if current and start["job"] == current["job"] != "" and start["rendezvous"] != current["rendezvous"]:
+    start = {"job": os.environ.get("RELAY_JOB", ""), "start": this_start()}
+    if current and start["job"] == current["job"] != "" and start["start"] != current.get("start"):
         current = None  # an earlier start of this job: the scheduler ended it there before it began here
     attempt = {
         "attempt": len(attempts(directory)) + 1,

@@ -4,9 +4,11 @@ make test-slurm brings up a Slurm of its own (tests/lab.py); RELAY_SLURM=site us
 what breaks nodes.
 """
 
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -100,6 +102,15 @@ def saved(run, stage, beyond=0):
 def said(run, stage):
     """What a stage's job printed."""
     return "".join(p.read_text() for p in sorted(folder(run, stage).glob("logs/slurm-*.log")))
+
+
+def signal_ranks(number, what):
+    """A signal to every rank of a job."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            environment = (process / "environ").read_text().split("\0")
+            if f"SLURM_JOB_ID={number}" in environment and any(e.startswith("RANK=") for e in environment):
+                os.kill(int(process.name), what)
 
 
 def status(run, stage):
@@ -243,7 +254,10 @@ def test_the_time_limit(own, whole, stage):
     make(stage, **given(whole, run, stage))
     saved(run, stage)
     number = job(run, stage)
-    own.ask("scontrol", "update", f"JobId={number}", "TimeLimit=2")  # less than the lead is left: the signal comes now
+    signal_ranks(number, signal.SIGSTOP)  # Slurm looks at its time limits twice a minute, this training is over sooner
+    own.ask("scontrol", "update", f"JobId={number}", "TimeLimit=2")  # less than the lead is left
+    until(lambda: list((folder(run, stage) / "attempts").glob("*.stop")), 60)
+    signal_ranks(number, signal.SIGCONT)
     until(lambda: restarts(own, number) == 1, 60)
     own.ask("scontrol", "update", f"JobId={number}", "TimeLimit=60")
     assert ended(own, run, stage) == "COMPLETED", said(run, stage)
