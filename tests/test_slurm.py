@@ -226,7 +226,7 @@ def test_a_lost_node(own, whole, way):
     make("pretrain", **given(whole, run, "pretrain"))
     step = saved(run, "pretrain", 8)
     number = job(run, "pretrain")
-    node = "node2"
+    node = own.ask("scontrol", "show", "hostnames", own.ask("squeue", "-h", "-j", number, "-o", "%N")).split()[-1]  # not node 0's
     if "=" in way:
         own.ask("scontrol", "update", f"NodeName={node}", "State=down", "Reason=test")
     else:
@@ -244,7 +244,7 @@ def test_a_lost_node(own, whole, way):
         own.start_node(node)
     else:
         own.ask("scontrol", "update", f"NodeName={node}", "State=resume")
-    until(lambda: "node2" in own.ask("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N"))
+    until(lambda: node in own.ask("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N"))
 
 
 @pytest.mark.parametrize("stage", rundir.TRAINED)
@@ -375,7 +375,8 @@ def test_the_second_node_does_not_see_the_run(own, whole):
     if not own.own_namespaces:
         lacking("nodes with folders of their own need root")
     options = given(whole, "half", "pretrain")
-    pid = (own.folder / "slurmd.node2.pid").read_text().strip()
+    pid = (own.folder / "slurmd.node3.pid").read_text().strip()
+    own.ask("scontrol", "update", "NodeName=node2", "State=drain", "Reason=test")  # so that it gets node1 and node3
     hidden = str(rundir.runs_root() / "half")
     Path(hidden).mkdir()
     subprocess.run(["nsenter", "-t", pid, "-m", "mount", "-t", "tmpfs", "none", hidden], check=True)
@@ -383,11 +384,12 @@ def test_the_second_node_does_not_see_the_run(own, whole):
         make("pretrain", **options)
         assert ended(own, "half", "pretrain", 30) == "FAILED"
         line = status("half", "pretrain")
-        assert "node2" in line, line
+        assert "node3" in line, line
         assert "cannot be read" in line
         assert restarts(own, job("half", "pretrain")) == 0
     finally:
         subprocess.run(["nsenter", "-t", pid, "-m", "umount", hidden], check=True)
+        own.ask("scontrol", "update", "NodeName=node2", "State=resume")
 
 
 def test_a_job_with_another_number_of_nodes_is_refused(own, whole):
