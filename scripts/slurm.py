@@ -131,6 +131,7 @@ def look(run: str) -> dict[str, Job]:
     known = {s: j for s in STAGES if (j := _job_of(stage_dir(run, s)))}
     if not known:
         return {}
+    before = {s: rundir.running(stage_dir(run, s)) for s in known}  # an attempt that begins after squeue was asked is alive
     queue, name = _queue(*(job for _, job in known.values())), cluster_name()
     found = {}
     for stage, (cluster, job) in known.items():
@@ -139,13 +140,10 @@ def look(run: str) -> dict[str, Job]:
             found[stage] = Job("slurm", job, "", f"job {job} of cluster {cluster}, this is {name}")
             continue
         row = queue.get(job)
-        state = row["state"] if row else ""
         attempt = rundir.running(directory)
-        if attempt and attempt["job"] == f"{cluster}:{job}" and state not in ("RUNNING", "COMPLETING", "SUSPENDED"):
-            why = (
-                f"job {job} waits in the queue again" if row else f"job {job} has left the queue: cancelled, out of time or memory"
-            )
-            rundir.bury(directory, attempt, why)
+        if attempt and attempt == before[stage] and attempt["job"] == f"{cluster}:{job}" and (not row or row["state"] == "PENDING"):
+            why = "waits in the queue again" if row else "has left the queue: cancelled, out of time or memory"
+            rundir.bury(directory, attempt, f"job {job} {why}")
         if row:
             stages = {id_: s for s, (_, id_) in known.items()}
             waits = [stages.get(id_, f"job {id_}") for id_ in re.findall(r"\d+", row["after"])]

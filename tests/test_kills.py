@@ -220,6 +220,19 @@ def test_two_processes(pair, stage):
     assert_same(pair / "pair" / stage, directory)
 
 
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_lora_sft(base, gpus):
+    """Adapters alone are trained and saved: the same exactness, on one process and on two."""
+    settings = lambda run: options(run, "finetune", gpus, MODEL="debug-lora")  # noqa: E731
+    whole, killed = f"lora-{gpus}", f"lora-{gpus}-killed"
+    make("finetune", **settings(whole))
+    for number, code in ((signal.SIGTERM, 75), (signal.SIGKILL, 137)):
+        attempt, found = attempt_until_saved("finetune", **settings(killed))
+        assert kill(attempt, found, "stage", number) == code, attempt.said()[-3000:]
+    make("finetune", **settings(killed))
+    assert_same(base / whole / "finetune", base / killed / "finetune")
+
+
 # --- checkpoints that something happened to ---
 
 
