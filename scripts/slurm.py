@@ -69,8 +69,8 @@ def _ask_slurm(submission, site: dict[str, str]) -> list[str]:
     file = f"slurm/{submission.stage}.sbatch"
     asked = f"{submission.nodes} nodes" + (f" with {submission.gpus} GPUs each" if submission.stage in TRAINED else "")
     mend = {
-        "partition": f"SBATCH_PARTITION={site.get('SBATCH_PARTITION', '')} in {SITE}; sinfo -s lists them",
         "account": f"SBATCH_ACCOUNT={site.get('SBATCH_ACCOUNT', '')} in {SITE}",
+        "partition": f"SBATCH_PARTITION={site.get('SBATCH_PARTITION', '')} in {SITE}; sinfo -s lists them",
         "qos": f"SBATCH_QOS={site.get('SBATCH_QOS', '')} in {SITE}",
         "configuration|node count": f"{asked} and what {file} asks for; sinfo -o '%P %D %c %m %G' shows what there is",
     }

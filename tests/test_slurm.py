@@ -5,12 +5,15 @@ what breaks nodes.
 """
 
 import contextlib
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
@@ -118,6 +121,23 @@ def status(run, stage):
     return re.sub(r" +", " ", line)
 
 
+def ask_at_length(run):
+    """Begin to ask a served model for 400 tokens; the result is how many came."""
+    server = rundir.read_json(folder(run, "deploy") / "server.json")
+    key = (folder(run, "deploy") / "api-key").read_text().strip()
+    body = json.dumps({"model": run, "prompt": "def main", "max_tokens": 400, "ignore_eos": True}).encode()
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    request = urllib.request.Request(f"http://{server['host']}:{server['port']}/v1/completions", body, headers)
+
+    def ask():
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.loads(answer.read())["usage"]["completion_tokens"]
+
+    begun = ThreadPoolExecutor().submit(ask)
+    time.sleep(0.5)
+    return begun
+
+
 def refused(verb, *words, **options):
     began = time.monotonic()
     result = launch(verb, CLUSTER="slurm", **{k: os.environ[k] for k in ("SLURM_CONF",) if k in os.environ}, **options)
@@ -198,7 +218,9 @@ def test_the_pipeline_the_gate_and_a_service(lab):
         assert rundir.read_json(folder("line", "deploy") / "server.json")["host"] != before["host"]
         make("chat", RUN="line", PROMPT="What is io?")
         lab.ask("scontrol", "update", f"NodeName={before['node']}", "State=resume")
+    answer = ask_at_length("line")
     make("undeploy", RUN="line")
+    assert answer.result(60) == 400, "it must finish the answers that it has begun"
     assert status("line", "deploy").startswith("deploy stopped")
     assert ended(lab, "line", "deploy") == "FAILED", "75, not requeued"
 
