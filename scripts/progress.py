@@ -1,10 +1,30 @@
-"""The one line a running stage shows on the terminal."""
+"""What a rank tells its stage script, and the one line that a running stage shows of it on the terminal."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import time
+
+MARK = "@relay "  # a rank's line for its stage script; everything else is upstream's own output
+
+
+def tell(**said: object) -> None:
+    """Say something to the stage script. In one write: torchrun passes on what a file holds at that moment, and another
+    rank's output would follow a line without its end."""
+    sys.stdout.write(MARK + json.dumps(said) + "\n")
+    sys.stdout.flush()
+
+
+def heard(line: str) -> dict | None:
+    """What a rank has told in a line of a stage's output; None if it is upstream's own. Whatever stands around it is
+    passed over: torchrun copies the files of several ranks into one pipe, and progress bars end in no newline."""
+    mark = line.find(MARK)
+    try:
+        return json.JSONDecoder().raw_decode(line, mark + len(MARK))[0] if mark >= 0 else None
+    except ValueError:  # torn in the middle
+        return None
 
 
 class Progress:

@@ -14,7 +14,8 @@ from pathlib import Path
 from scripts import rundir
 from scripts.errors import InputError
 from scripts.process import die_with_parent
-from scripts.stage import MARK, Stage
+from scripts.progress import tell
+from scripts.stage import Stage
 
 
 class Left(Exception):
@@ -30,7 +31,7 @@ class Rank(Stage):
         """Tell the parent: step, total, loss, tokens_per_second. Rank 0 alone speaks. The first report of a step
         says that from here on asked_to_stop is looked at."""
         if os.environ["RANK"] == "0":
-            print(MARK + json.dumps(numbers), flush=True)
+            tell(**numbers)
 
     def checkpoint(self) -> int | None:
         """The step to go on from, None for a fresh start (checkpoint.newest_whole). Says so to whoever expects another."""
@@ -45,7 +46,8 @@ class Rank(Stage):
 
     def say(self, sentence: str) -> None:
         """Show the user a sentence; it stays in the log, too."""
-        print(sentence, MARK + json.dumps({"say": sentence}), sep="\n", flush=True)
+        print(sentence, flush=True)
+        tell(say=sentence)
 
     def asked_to_stop(self) -> bool:
         """Whether to save and leave now. Call it on every rank between the same two steps: rank 0 looks, a

@@ -24,9 +24,7 @@ from typing import Callable
 from scripts import nodes, rundir
 from scripts.errors import DONE, SAVED, WRONG_INPUT, InputError
 from scripts.process import below_a_stage, how_it_ended, tail
-from scripts.progress import Progress
-
-MARK = "@relay "  # a rank's line for its parent; everything else is upstream's own output
+from scripts.progress import Progress, heard
 
 
 class RankFailed(Exception):
@@ -121,6 +119,7 @@ class Stage:
             **(extra or {}),
             "RELAY_ATTEMPT": str(self.attempt["attempt"]),
             "PYTHONPATH": str(rundir.ROOT),
+            "PYTHONUNBUFFERED": "1",  # else torchrun keeps 8 KB back: no progress, and a stop would find no training
         }
         if self.nodes * self.processes == 1:
             env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
@@ -141,13 +140,12 @@ class Stage:
             self._child = child
             show = Progress(self.name)
             for line in child.stdout:
-                mark = line.find(MARK)
-                if mark < 0:
+                said = heard(line)
+                if said is None:
                     with contextlib.suppress(OSError):  # a full disk: read on, or the ranks wait for ever
                         log.write(line)
                         log.flush()
                     continue
-                said = json.loads(line[mark + len(MARK) :])
                 if "say" in said:
                     show.line(said["say"])
                     continue

@@ -12,6 +12,7 @@ import pytest
 from scripts import modeldir, rundir
 
 ROOT = rundir.ROOT
+os.environ.pop("PYTHONUNBUFFERED", None)  # as in a user's shell: a stage must not depend on it
 
 
 @pytest.fixture
