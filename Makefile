@@ -13,7 +13,7 @@ LAUNCH := $(PYTHON) -m scripts.launch
 VENV    = $(if $(or $(DRY_RUN),$(filter-out local,$(CLUSTER))),,.venv/installed)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo pipeline data pretrain finetune align evaluate deploy undeploy chat status logs lineage stop clean \
+.PHONY: help setup demo pipeline data pretrain finetune align evaluate deploy undeploy chat status logs lineage stop cancel clean \
         test test-all test-slurm lint lock golden
 
 help: ## This help
@@ -58,7 +58,9 @@ logs: ## The end of the newest log (STAGE=…)
 	@$(LAUNCH) $@
 lineage: ## From the served model back to the corpus, by digests
 	@$(LAUNCH) $@
-stop: ## Stop what is running; the same command goes on
+stop: ## Save and stop what is running; the same command goes on
+	@$(LAUNCH) $@
+cancel: ## End it at once, without saving
 	@$(LAUNCH) $@
 clean: ## Remove the run, or one STAGE= of it
 	@$(LAUNCH) $@

@@ -68,14 +68,15 @@ def demo() -> None:
 
 
 BARE_PRETRAIN = """
-import os, sys
+import sys
 from pathlib import Path
+directory = Path(sys.argv.pop(1))  # before torchtitan is imported, which reads the arguments then
 from scripts import compat
 compat.torchtitan_on_cpu()
 compat.checkpoints_without_collectives()
 from scripts import titan
 from scripts.rank import Rank
-titan._register(Rank(Path(sys.argv.pop(1))))
+titan._register(Rank(directory))
 from torchtitan.train import Trainer, main
 main(Trainer)
 """

@@ -1,6 +1,6 @@
 """The front door behind make: checks what the user asked for, writes the submission, hands it to a cluster.
 
-    python3 -m scripts.launch <verb>        verbs: the stages, pipeline, status, logs, stop, clean, lineage, undeploy
+    python3 -m scripts.launch <verb>        verbs: the stages, pipeline, status, logs, stop, cancel, clean, …
 
 Every option comes by environment variable (see `make help`), so quotes and spaces survive make. Standard library
 only, Python 3.9 or newer: this runs on a login node with nothing installed.
@@ -59,7 +59,7 @@ def launch(request: Request, stage: str) -> int:
         return DONE
     if state == "silent":
         print("deploy: the service does not answer any more; starting it anew", flush=True)
-        _cluster_of(stage, jobs).stop(submission.directory)
+        _cluster_of(stage, jobs).stop(submission.directory, save=False)
     elif state:
         raise InputError(rundir.already_running(submission.directory, rundir.running(submission.directory)))
     (submission.directory / "job.json").unlink(missing_ok=True)  # an earlier job's, which is over
@@ -135,8 +135,8 @@ def show_dry_run(request: Request) -> None:
 
 
 def stop(request: Request) -> int:
-    """Stop whatever of the run is running: state is saved where the stage can, the same command goes on. What waits in
-    a queue for a stopped stage goes with it."""
+    """Stop whatever of the run is running: state is saved where the stage can, but for cancel; the same command goes on.
+    What waits in a queue for a stopped stage goes with it."""
     report.check_exists(request.run)
     jobs = look(request.run)
     stages = [s for s in _under_way(request.run, jobs) if request.stage in ("", s)]
@@ -145,9 +145,10 @@ def stop(request: Request) -> int:
         return DONE
     waiting = [s for s, job in jobs.items() if job.word == "queued" and STAGES.index(s) > STAGES.index(stages[0])]
     for stage in [*reversed(waiting), *(s for s in stages if s not in waiting)]:  # the last first: none may start meanwhile
-        _cluster_of(stage, jobs).stop(stage_dir(request.run, stage))
+        _cluster_of(stage, jobs).stop(stage_dir(request.run, stage), save=request.verb != "cancel")
         queued = stage in jobs and jobs[stage].word == "queued"
-        print(f"{stage}: {'taken from the queue' if queued else 'stopped'}", flush=True)
+        ended = "cancelled" if request.verb == "cancel" else "stopped"
+        print(f"{stage}: {'taken from the queue' if queued else ended}", flush=True)
     if waiting:
         print(f"make pipeline RUN={request.run} CLUSTER={jobs[waiting[0]].cluster} goes on, and submits the others again")
     return DONE
@@ -183,6 +184,7 @@ def main(arguments: list[str]) -> int:
         "logs": lambda request: report.logs(request.run, request.stage),
         "lineage": lambda request: report.lineage(request.run),
         "stop": stop,
+        "cancel": stop,
         "undeploy": lambda request: stop(Request(**{**vars(request), "stage": "deploy"})),
         "clean": clean,
     }

@@ -104,15 +104,17 @@ def _serve(submission, words: list[str], environment: dict[str, str]) -> int:
     return DONE
 
 
-def stop(directory: Path) -> None:
-    """Ask the running stage to save and leave, and wait until its process is gone. A service has nothing to save: if
-    it has not left after half a minute, it is killed."""
+def stop(directory: Path, save: bool) -> None:
+    """Ask the running stage to save and leave, or to leave, and wait until its process is gone. A service has nothing to
+    save: if it has not left after half a minute, it is killed."""
     attempt = rundir.running(directory)
     if not attempt:
         return
     if attempt["host"] != socket.gethostname():  # its pid names some other process here
         raise InputError(rundir.already_running(directory, attempt))
     os.kill(attempt["pid"], signal.SIGTERM)
+    if not save:
+        os.kill(attempt["pid"], signal.SIGUSR1)  # the second signal; another one, since two alike may arrive as one
     asked = time.monotonic()
     while rundir.process_start(attempt["pid"]) == attempt["process_start"]:
         time.sleep(0.1)

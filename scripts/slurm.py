@@ -210,14 +210,14 @@ def _last_words(log: Path) -> str:
 # --- the end ---------------------------------------------------------------------------------------------------------
 
 
-def stop(directory: Path) -> None:
-    """Take the stage's job from the queue; if it runs, ask it to save and leave, and wait until it has."""
+def stop(directory: Path, save: bool) -> None:
+    """Take the stage's job from the queue; if it runs, ask it to save and leave, or end it, and wait until it has gone."""
     cluster, job = _job_of(directory)
     name = f"{cluster}:{job}"
     row = _queue(job).get(job)
     if row is None:
         return
-    if row["state"] == "RUNNING" and attempts_of(directory, name):
+    if save and row["state"] == "RUNNING" and attempts_of(directory, name):
         _must("scontrol", "update", f"JobId={job}", "Requeue=0")  # slurm/run.sh looks: 75 is then the end
         _must("scancel", "--signal=USR1", job)
     else:

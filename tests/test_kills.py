@@ -50,11 +50,13 @@ def pair(base):
 
 
 def options(run: str, stage: str, gpus: int = 1, **more: str) -> dict:
-    """What every attempt of a chain is called with; finetune and align start from the unbroken run's model."""
+    """What every attempt of a chain is called with; each stage starts from the unbroken run's model before it."""
     root = rundir.runs_root() / "whole"
-    source = {"finetune": {"FROM": str(root / "pretrain/model")}, "align": {"FROM": str(root / "finetune/model")}}
-    given = {"RUN": run, "DATA": str(root / "data"), "GPUS": str(gpus), "ARGS": ARGS[stage], **source.get(stage, {})}
-    return {**given, **more}
+    if stage == "data":
+        return {"RUN": run}
+    before = {"finetune": "pretrain", "align": "finetune", "evaluate": "align"}.get(stage)
+    source = {"FROM": str(root / before / "model")} if before else {}
+    return {"RUN": run, "DATA": str(root / "data"), "GPUS": str(gpus), "ARGS": ARGS.get(stage, ""), **source, **more}
 
 
 class Attempt:
@@ -152,6 +154,7 @@ WAYS = {  # victim, signal, exit code of the launcher, word of status
     "SIGTERM to the stage": ("stage", signal.SIGTERM, 75, "stopped"),
     "SIGUSR1 to the stage": ("stage", signal.SIGUSR1, 75, "stopped"),
     "Ctrl-C": ("launcher", signal.SIGINT, 75, "stopped"),
+    "a closed terminal": ("launcher", signal.SIGHUP, -signal.SIGHUP, "stopped"),
 }
 
 
@@ -199,6 +202,10 @@ def test_one_process(base, stage):
         assert kill(attempt, found, victim, number) == code, f"{way}\n{attempt.said()[-3000:]}"
         assert rundir.status(directory) == word, way
         assert not (directory / "model").exists()
+    attempt, found = attempt_until_saved(stage, **settings)
+    assert make("cancel", RUN=run).stdout == f"{stage}: cancelled\n"
+    assert attempt.end() == 75, attempt.said()[-3000:]
+    assert "saving at the end of this step" in attempt.said(), "the first of its two signals"
     kill_before_done(stage, **settings)
     make(stage, **settings)
     assert_same(base / "whole" / stage, directory)
@@ -277,8 +284,7 @@ def test_somebody_elses_checkpoints_are_refused(pair, stage, origin, words):
 
 @pytest.mark.parametrize("stage", ["data", "evaluate"])
 def test_what_saves_nothing_starts_whole(base, stage):
-    settings = {"RUN": "killed"} if stage == "data" else options("killed", "align", FROM=str(base / "whole/align/model"), ARGS="")
-    directory = base / "killed" / stage
+    settings, directory = options("killed", stage), base / "killed" / stage
     for way in ("kill -9 of the launcher", "kill -9 of the stage", "Ctrl-C", "kill -9 of a rank"):
         victim, number, _, word = WAYS[way]
         if stage == "data" and victim == "rank":
@@ -330,26 +336,34 @@ def test_a_service_that_died_is_replaced(base):
 # --- a full disk ---
 
 
-def test_a_full_disk_during_a_save_loses_nothing(base, tmp_path, monkeypatch):
+@pytest.fixture
+def small_disk(base, tmp_path):
+    """A disk of 160 MB."""
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160m", "tmpfs", str(tmp_path)], capture_output=True).returncode:
         lacking("a small tmpfs needs root")
-    try:
-        data = options("full", "pretrain")
-        monkeypatch.setenv("RUNS", str(tmp_path))
-        directory, ballast = tmp_path / "full/pretrain", tmp_path / "ballast"
-        attempt = Attempt("pretrain", **data)
-        attempt.until(lambda: whole_steps(directory))
-        with contextlib.suppress(OSError), open(ballast, "wb") as file:
-            while True:
-                file.write(bytes(1 << 20))
-        assert attempt.launcher.wait(120) == 1
-        assert "no space left" in attempt.said()
-        assert "the same command goes on" in attempt.said()
-        ballast.unlink()
-        make("pretrain", **data)
-        assert_same(base / "whole/pretrain", directory)
-    finally:
-        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+    yield tmp_path
+    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("stage", rundir.STAGES[:5])
+def test_a_full_disk_loses_nothing(base, small_disk, monkeypatch, stage):
+    """During a save, where the stage saves; else in the middle of it."""
+    settings = options("full", stage)
+    monkeypatch.setenv("RUNS", str(small_disk))
+    directory, ballast = small_disk / "full" / stage, small_disk / "ballast"
+    attempt = Attempt(stage, **settings)
+    attempt.until(lambda: whole_steps(directory) if stage in rundir.TRAINED else rundir.running(directory))
+    with contextlib.suppress(OSError), open(ballast, "wb") as file:
+        while True:
+            file.write(bytes(1 << 20))
+    assert attempt.launcher.wait(120) == 1
+    assert "no space left" in attempt.said()
+    assert "the same command goes on" in attempt.said()
+    ballast.unlink()
+    make(stage, **settings)
+    assert rundir.status(directory) == "done"
+    if stage in rundir.TRAINED:
+        assert_same(base / "whole" / stage, directory)
 
 
 # --- a soak ---

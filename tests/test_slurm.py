@@ -424,7 +424,8 @@ def test_the_second_node_does_not_see_the_run(own, whole):
 def test_a_job_with_another_number_of_nodes_is_refused(own, whole):
     make("pretrain", **given(whole, "count", "pretrain"), SBATCH_TIMELIMIT="60")
     lab_line = (folder("count", "pretrain") / "submitted.txt").read_text()
-    make("stop", RUN="count")
+    make("cancel", RUN="count")
+    assert own.state(job("count", "pretrain")) == "CANCELLED"
     subprocess.run(["bash", "-c", lab_line.replace("--nodes=2", "--nodes=1")], cwd=ROOT, check=True)
     until(lambda: "Slurm gave 1 nodes, the run wants 2" in said("count", "pretrain"), 30)
 
