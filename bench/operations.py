@@ -24,6 +24,7 @@ from scripts.rank import Rank
 from tests.stats import step_times
 
 DEMO = rundir.runs_root() / "demo"
+ROUNDS = int(os.environ.get("ROUNDS", "2"))
 SET = {"finetune": "sft.jsonl", "align": "preference.jsonl"}
 
 
@@ -111,12 +112,12 @@ def bare_command(stage: str, folder: Path) -> tuple[list[str], dict[str, str], P
     return [python, str(recipe), "--config", str(folder / "config.yaml")], one, rundir.ROOT
 
 
-def overhead(rounds: int = int(os.environ.get("ROUNDS", "2"))) -> None:
+def overhead() -> None:
     """A stage through make against its upstream tool alone, by turns, ROUNDS times; medians."""
     print("| stage | through make, s | bare upstream, s | ratio |\n|---|---|---|---|")
     for stage in (*rundir.TRAINED, "evaluate"):
         ours, bare = [], []
-        for _ in range(rounds):
+        for _ in range(ROUNDS):
             with tempfile.TemporaryDirectory() as folder:
                 words, env, cwd = bare_command(stage, Path(folder))
                 bare.append(quiet(words, env, cwd))
@@ -134,23 +135,26 @@ ARGS = {
 
 
 def saves() -> None:
-    """How much longer the step with a save takes, as a share of an ordinary step."""
+    """What a save adds to the five steps after it, against the same steps of runs that save nothing before their end: by
+    turns, ROUNDS times; medians. Its staging falls into the next step, the write behind into some more."""
     print("| stage | step, ms | added by a save, ms | ratio |\n|---|---|---|---|")
     for stage in rundir.TRAINED:
-        shutil.rmtree(rundir.runs_root() / "bench", ignore_errors=True)
-        quiet(["make", "-s", stage, "RUN=bench", *options(stage), f"ARGS={ARGS[stage]}"])
-        times = dict(step_times(rundir.stage_dir("bench", stage) / "metrics"))
-        took = {step: times[step] - times[step - 1] for step in times if step - 1 in times}
-        ordinary = statistics.median(t for step, t in took.items() if step % 20 > 5)
-        # what follows a save: its staging falls into the next step, the write behind into some more
-        added = [sum(took[n + i] - ordinary for i in range(1, 6)) for n in (20, 40, 60)]
-        stall = statistics.median(added)
-        print(f"| {stage} | {ordinary * 1000:.0f} | {stall * 1000:.0f} | {stall / ordinary:.2f} |", flush=True)
+        took: dict[str, list] = {"20": [], "1000": []}
+        for interval in [*took] * ROUNDS:
+            shutil.rmtree(rundir.runs_root() / "bench", ignore_errors=True)
+            arguments = ARGS[stage].replace("interval 20", f"interval {interval}").replace("steps=20", f"steps={interval}")
+            quiet(["make", "-s", stage, "RUN=bench", *options(stage), f"ARGS={arguments}"])
+            times = dict(step_times(rundir.stage_dir("bench", stage) / "metrics"))
+            took[interval] += [times[n + 5] - times[n] for n in (20, 40, 60)]
+        saving, plain = (statistics.median(five) for five in took.values())
+        added, ordinary = saving - plain, plain / 5
+        print(f"| {stage} | {ordinary * 1000:.0f} | {added * 1000:.0f} | {added / ordinary:.2f} |", flush=True)
 
 
 def restart() -> None:
-    """From kill -9 of the stage to the next new step, against a plain start to its first step."""
-    print("| stage | start to first step, s | kill to next new step, s | ratio |\n|---|---|---|---|")
+    """From kill -9 of the stage, at about step 45 with a save each 20, to its first step and to the next new one, against a
+    plain start to its first step."""
+    print("| stage | start to first step, s | kill to first step, s | to next new step, s | ratio |\n|---|---|---|---|---|")
     for stage in rundir.TRAINED:
         shutil.rmtree(rundir.runs_root() / "bench", ignore_errors=True)
         directory, words = rundir.stage_dir("bench", stage), ["make", "-s", stage, "RUN=bench", *options(stage)]
@@ -173,10 +177,12 @@ def restart() -> None:
         make.wait()
         make = subprocess.Popen(words, cwd=rundir.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         (directory / "progress.json").unlink(missing_ok=True)
+        until_step(41)
+        first = time.monotonic() - killed
         until_step(reached + 1)
-        again = time.monotonic() - killed
+        new = time.monotonic() - killed
         make.wait()
-        print(f"| {stage} | {plain:.1f} | {again:.1f} | {again / plain:.2f} |", flush=True)
+        print(f"| {stage} | {plain:.1f} | {first:.1f} | {new:.1f} | {new / plain:.2f} |", flush=True)
 
 
 def serving(tokens: int = 128) -> None:

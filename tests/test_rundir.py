@@ -63,6 +63,16 @@ def test_a_dead_attempt_is_followed_by_the_next(tmp_path):
     assert rundir.status(tmp_path) == "stopped"
 
 
+def test_a_clock_that_was_set_back_changes_nothing(tmp_path, monkeypatch):
+    for number, offset in ((1, 0), (2, -86400)):
+        monkeypatch.setattr(rundir.time, "time", lambda offset=offset: 1e9 + offset)
+        attempt = rundir.begin_attempt(tmp_path)
+        assert attempt["attempt"] == number
+        rundir.end_attempt(tmp_path, attempt, 75 if number == 2 else 1)
+        assert 0 <= attempt["seconds"] < 10
+    assert rundir.status(tmp_path) == "stopped", "the newest is the one with the highest number"
+
+
 def test_a_reused_pid_is_not_the_old_process(tmp_path):
     attempt = rundir.begin_attempt(tmp_path)
     attempt["process_start"] = "1"  # as if this pid had belonged to another process
