@@ -185,6 +185,8 @@ def _in_queue(job: str, row: dict[str, str]) -> Job:
         nodes = f"{row['nodes']} node" + ("s" if row["nodes"] != "1" else "")
         words = {**row, "nodes": nodes, "start": row["start"].replace("T", " ")}
         reason = row["reason"].split(",")[0].strip("()")
+        if row["after"] and not reason.startswith("Dependency"):
+            reason = "Dependency"  # until the scheduler has looked at it, a job says that it waits for resources
         return Job("slurm", job, "queued", f"job {job} " + REASONS.get(reason, f"waits: {reason}").format(**words))
     return Job("slurm", job, "running", f"job {job} on {row['where']}" + ("" if state == "RUNNING" else f", {state.lower()}"))
 

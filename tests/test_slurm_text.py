@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from golden import dry_run
 
-from scripts import local, rundir, slurm_checks, submission
+from scripts import local, rundir, slurm, slurm_checks, submission
 
 STAGES = rundir.STAGES
 APPTAINER = ': "${RELAY_RUNTIME:=apptainer}" "${RELAY_IMAGE:=relay.sif}"\n'
@@ -180,6 +180,22 @@ def test_secrets_stay_out_of_the_submission(checkout, model):
 )
 def test_time_limits_are_read_as_sbatch_reads_them(limit, seconds):
     assert slurm_checks.seconds(limit) == seconds
+
+
+@pytest.mark.parametrize(
+    ("reason", "after", "words"),
+    [
+        ("Resources", "", "job 7 waits for 4 nodes"),
+        ("Dependency", "pretrain", "job 7 waits for pretrain"),
+        ("Resources", "pretrain", "job 7 waits for pretrain"),
+        ("DependencyNeverSatisfied", "pretrain", "job 7 never starts: a stage before it failed"),
+        ("BeginTime", "", "job 7 starts again at 2026-01-01 10:00:00"),
+        ("QOSMaxJobsPerUserLimit", "", "job 7 waits: QOSMaxJobsPerUserLimit"),
+    ],
+)
+def test_a_queue_is_said_in_words(reason, after, words):
+    row = {"state": "PENDING", "reason": reason, "nodes": "4", "start": "2026-01-01T10:00:00", "after": after, "where": ""}
+    assert slurm._in_queue("7", row) == rundir.Job("slurm", "7", "queued", words)
 
 
 # --- the files that admins read ---
