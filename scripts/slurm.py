@@ -69,9 +69,9 @@ def _ask_slurm(submission, site: dict[str, str]) -> list[str]:
     file = f"slurm/{submission.stage}.sbatch"
     asked = f"{submission.nodes} nodes" + (f" with {submission.gpus} GPUs each" if submission.stage in TRAINED else "")
     mend = {
-        "account": f"SBATCH_ACCOUNT={site.get('SBATCH_ACCOUNT', '')} in {SITE}",
-        "partition": f"SBATCH_PARTITION={site.get('SBATCH_PARTITION', '')} in {SITE}; sinfo -s lists them",
-        "qos": f"SBATCH_QOS={site.get('SBATCH_QOS', '')} in {SITE}",
+        "account": f"SBATCH_ACCOUNT={site.get('SBATCH_ACCOUNT', '')} of {SITE} or your shell",
+        "partition": f"SBATCH_PARTITION={site.get('SBATCH_PARTITION', '')} of {SITE} or your shell; sinfo -s lists them",
+        "qos": f"SBATCH_QOS={site.get('SBATCH_QOS', '')} of {SITE} or your shell",
         "configuration|node count": f"{asked} and what {file} asks for; sinfo -o '%P %D %c %m %G' shows what there is",
     }
     hint = next((text for pattern, text in mend.items() if re.search(pattern, words, re.I)), f"{file}, {SITE}")
@@ -92,7 +92,7 @@ def command_line(submission, after: str = "") -> str:
     if after:
         line += f" --dependency=afterok:{after} --kill-on-invalid-dep=yes"
     script = shlex.join([f"slurm/{submission.stage}.sbatch", folder])
-    return f'(set -a; . {SITE}; sbatch --parsable --chdir="$PWD" {line} {script})'
+    return f'(set -a; . {SITE} >&2; sbatch --parsable --chdir="$PWD" {line} {script})'
 
 
 def show(submission, after: str = "") -> str:
@@ -110,6 +110,8 @@ def submit(submission, after: str = "") -> int:
     if done.returncode:
         raise InputError(f"sbatch refuses {submission.stage}: {done.stderr.strip()}")
     job = done.stdout.strip().split(";")[0]
+    if not job.isdigit():
+        raise InputError(f"sbatch says {done.stdout.strip()!r}, which is no job's id; look with squeue")
     write_atomic(
         submission.directory / "job.json",
         dump_json({"cluster": "slurm", "name": cluster_name(), "job": job, "submitted": time.time()}),
@@ -205,8 +207,8 @@ def _why_gone(directory: Path, job: str) -> str:
 
 def _last_words(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    said = [line for line in lines if line.startswith("error:")] or lines
-    return said[-1] if said else str(log)
+    said = [line for line in lines if re.search("error:|unrecognized option", line)] or lines[-1:]
+    return said[0] if said else str(log)  # the first: what follows tells of it
 
 
 # --- the end ---------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def site_problems() -> list[str]:
 
 def read_site() -> dict[str, str]:
     """The environment as site.env leaves it."""
-    listed = ask("bash", "-c", f"set -a; . {SITE}; env -0").stdout
+    listed = ask("bash", "-c", f"set -a; . {SITE} >&2; env -0").stdout
     return dict(entry.split("=", 1) for entry in listed.split("\0") if "=" in entry)
 
 

@@ -252,7 +252,8 @@ def differences(submission: Submission) -> list[str]:
                 if rundir.format_env({key: before.get(key, "")}) != f"{key}={now.get(key, '')}\n":
                     found.append(f"{key} was {before.get(key, 'not set')}, now {rundir.unquote(now.get(key, 'not set'))}")
         elif name == "args.json":
-            found.append(f"ARGS were {shlex.join(rundir.read_json(path))!r}, now {text.split()!r}")
+            before, now = (shlex.join(words) or "none" for words in (rundir.read_json(path), json.loads(text)))
+            found.append(f"ARGS were {before}, now {now}")
         else:
             found.append(f"{name} has changed since (the run's copy: {relative(path)})")
     return found

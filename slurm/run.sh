@@ -4,7 +4,7 @@
 set -euo pipefail
 directory=$1 stage=$(basename "$1") shared="is it on a filesystem that all nodes share? Else choose another with RUNS="
 # shellcheck source=slurm/site.env
-set -a; . slurm/site.env; set +a
+set -a; . slurm/site.env >&2; set +a # it may print: a module's banner is no part of a line to paste
 refuse() { echo "error: $*" >&2; exit 64; } # 64 is never retried
 fact() { sed -n "s/^$1=//p" "$directory/stage.env"; }
 

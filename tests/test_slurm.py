@@ -43,6 +43,8 @@ def lab(tmp_path_factory):
         if os.environ.get("RELAY_SLURM") == "site":
             patch.setenv("RUNS", str(ROOT / f"runs/test-slurm-{os.getpid()}"))
             yield Site()
+            for file in rundir.runs_root().glob("*/*/job.json"):  # a failed test's, which wait or serve for days
+                subprocess.run(["scancel", rundir.read_json(file)["job"]], capture_output=True)
             return
         if missing():
             lacking(f"a Slurm of its own needs {', '.join(missing())}: apt-get install slurmctld slurmd slurm-client munge")

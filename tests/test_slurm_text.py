@@ -107,7 +107,8 @@ def test_an_admin_adapts_one_file(checkout):
     for name, value in lines.items():
         text, count = re.subn(rf'^(# )?: "\$\{{{name}:=.*?\}}"', f': "${{{name}:={value}}}"', text, flags=re.M)
         assert count >= 1, name
-    site.write_text(text)
+    site.write_text(text + "echo a banner of this site\n")
+    assert srun(checkout).startswith("srun "), "what site.env prints is no part of a line to paste or of a job's id"
     assert "/scratch:/scratch" in srun(checkout)
     assert "relay.sif" in srun(checkout)
     shown = subprocess.run(
