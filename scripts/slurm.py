@@ -207,8 +207,9 @@ def _why_gone(directory: Path, job: str) -> str:
 
 def _last_words(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    said = [line for line in lines if re.search("error:|unrecognized option", line)] or lines[-1:]
-    return said[0] if said else str(log)  # the first: what follows tells of it
+    ours = [line for line in lines if line.startswith("error:")]  # srun's may come before it, and say less
+    said = ours or [line for line in lines if re.search("error:|unrecognized option", line)] or lines[-1:]
+    return said[0] if said else str(log)
 
 
 # --- the end ---------------------------------------------------------------------------------------------------------
