@@ -26,7 +26,7 @@ help: ## This help
 	  'FROM=dir' 'start from this Hugging Face directory' \
 	  'ARGS="…"' 'arguments of the upstream tool; for pipeline: PRETRAIN_ARGS=… and so on' \
 	  'BIND= PORT= FORCE=1' 'deploy: address, port, serve without a verdict; API_KEY_FILE=…' \
-	  'DRY_RUN=1' 'show what would run, touch nothing'
+	  'DRY_RUN=1' 'print what would run, to read or paste; touch nothing'
 
 ##@ The line
 demo: export RUN := demo

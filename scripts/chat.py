@@ -23,7 +23,7 @@ class Server:
         run = directory.parent.name
         server = rundir.read_json(directory / "server.json")
         if not server or not rundir.running(directory):
-            raise InputError(f"run {run} is not served; make deploy RUN={run}")
+            raise InputError(f"run {run} is not served; make deploy RUN={run}, or wait: make status RUN={run} shows it loading")
         facts = rundir.read_env(directory / "stage.env")
         key = facts.get("API_KEY_FILE")
         self.url = f"http://{server['host']}:{server['port']}/v1/chat/completions"

@@ -17,7 +17,7 @@ def main(stage: Stage) -> dict:
     found = modeldir.problems(model) or preflight.memory_problems(modeldir.weight_bytes(model), "the weights")
     if "FORCE" not in stage.facts and not found:
         found += report.gate_problems(stage.directory.parent / "evaluate", model)
-    found += service.port_problems(bind, port)
+    found += preflight.port_problems(bind, int(port))
     if found:
         raise InputError(found)
     address = stage.directory / "server.json"

@@ -8,10 +8,13 @@ only, Python 3.9 or newer: this runs on a login node with nothing installed.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 
 from scripts import report, rundir
 from scripts.errors import DONE, WRONG_INPUT, InputError
@@ -62,10 +65,30 @@ def launch(request: Request, stage: str) -> int:
         _cluster_of(stage, jobs).stop(submission.directory, save=False)
     elif state:
         raise InputError(rundir.already_running(submission.directory, rundir.running(submission.directory)))
-    (submission.directory / "job.json").unlink(missing_ok=True)  # an earlier job's, which is over
-    after = list(ahead.values())[-1:]  # which has the others ahead of itself
-    write(submission, cluster.command_line(submission, *after))
-    return cluster.submit(submission, *after)
+    with claimed(request.run, stage):
+        (submission.directory / "job.json").unlink(missing_ok=True)  # an earlier job's, which is over
+        after = list(ahead.values())[-1:]  # which has the others ahead of itself
+        write(submission, cluster.command_line(submission, *after))
+        return cluster.submit(submission, *after)
+
+
+@contextlib.contextmanager
+def claimed(run: str, stage: str) -> Iterator[None]:
+    """Keep every other launcher from this stage until it is submitted. Raises InputError if one was quicker."""
+    directory = stage_dir(run, stage)
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / ".lock", "w", encoding="utf-8") as lock:
+        free = True
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel's: it goes with this process, however that ends
+        except BlockingIOError:
+            free = False
+        except OSError:
+            pass  # a filesystem without locks: a second job of the stage will be refused when it begins
+        job = look(run).get(stage)
+        if not free or rundir.running(directory) or (job and job.active):
+            raise InputError(f"{stage}: another make began it a moment ago; make status RUN={run}")
+        yield
 
 
 def look(run: str) -> dict[str, rundir.Job]:
@@ -121,16 +144,13 @@ def status(request: Request) -> int:
 
 
 def show_dry_run(request: Request) -> None:
-    """Print what would be written and started; touch nothing."""
+    """Print what would be written and started, for a shell in the repository to do the same; touch nothing."""
     stages = list(STAGES) if request.verb == "pipeline" else [request.verb]
     if request.verb in (*TRAINED, "evaluate") and not prepared_data(request) and not record(stage_dir(request.run, "data")):
         stages.insert(0, "data")
     for stage in stages:
         submission = plan(request, stage, pending=STAGES[: STAGES.index(stage)])
-        for name in ("stage.env", "args.json"):
-            print(f"# {relative(submission.directory)}/{name}\n{submission.files[name].strip()}")
-        for name in sorted(set(submission.files) - {"stage.env", "args.json"}):
-            print(f"# {relative(submission.directory)}/{name}")
+        print(submission.as_shell())
         print(CLUSTERS[request.cluster].show(submission, *stages[: stages.index(stage)][-1:]) + "\n")
 
 

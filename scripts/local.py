@@ -28,9 +28,7 @@ def look(run: str) -> dict:
 
 def problems(submission) -> list[str]:
     """What on this machine keeps a stage from running; none that the stage itself would not say."""
-    if not (rundir.ROOT / ".venv/bin/python").exists() and not os.environ.get("DRY_RUN"):
-        return [".venv: missing; make setup"]
-    return []
+    return [] if os.environ.get("DRY_RUN") else rundir.venv_problems()
 
 
 def command(submission) -> tuple[dict[str, str], list[str]]:

@@ -1,13 +1,15 @@
 """What a stage will need of the machine, before it starts to work. Lower bounds, from the architecture alone:
 activations and caches come on top.
 
-Standard library only: the launcher asks about the disk, the job about its own memory.
+Standard library only: the launcher asks about the disk and the port, the job about its own memory.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
+import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,22 @@ def memory_problems(need: float, what: str, free: float | None = None) -> list[s
         return []
     sizes = f"{what} will need at least {need / GB:.2f} GB of memory, {free / GB:.2f} are free"
     return [f"{sizes}; take a larger machine or a smaller model"]
+
+
+def port_problems(bind: str, port: int, patience: float = 5) -> list[str]:
+    """Why this address cannot be taken; [] if it is free within `patience` seconds: a service that was just killed
+    takes a moment to let it go."""
+    deadline = time.monotonic() + patience
+    while True:
+        with socket.socket(socket.AF_INET6 if ":" in bind else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((bind, port))
+                return []
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    return [f"BIND={bind} PORT={port}: {error.strerror}; choose another, for example PORT={port + 1}"]
+        time.sleep(0.2)
 
 
 def free_memory() -> int:

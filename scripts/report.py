@@ -164,11 +164,11 @@ def gate_problems(evaluation: Path, model: Path) -> list[str]:
     force = "or FORCE=1 to serve it all the same (it is recorded)"
     verdict = read_json(evaluation / "verdict.json")
     if verdict is None or not record(evaluation):
-        return [f"deploy: no verdict for this model: {evaluation}/verdict.json is missing; make evaluate RUN={run}, {force}"]
+        return [f"no verdict for this model: {evaluation}/verdict.json is missing; make evaluate RUN={run}, {force}"]
     digest = rundir.describe(model)["digest"]
     if verdict["model"]["digest"] != digest:
         return [
-            f"deploy: the verdict is for {verdict['model']['path']} ({verdict['model']['digest'][:19]}…), not for "
+            f"the verdict is for {verdict['model']['path']} ({verdict['model']['digest'][:19]}…), not for "
             f"{rundir.relative(model)} ({digest[:19]}…); make clean RUN={run} STAGE=evaluate, make evaluate RUN={run}, {force}"
         ]
     found = []
@@ -176,7 +176,8 @@ def gate_problems(evaluation: Path, model: Path) -> list[str]:
         if not row["passed"]:
             bound = f"at least {row['min']}" if "min" in row else f"at most {row['max']}"
             value = "was not measured" if row["value"] is None else f"is {row['value']:.4f}"
-            found.append(f"deploy: {row['metric']} {value}, {bound} is needed (floors.json); train better, {force}")
+            floors = rundir.relative(evaluation / "floors.json")
+            found.append(f"{row['metric']} {value}, {bound} is needed ({floors}); train better, {force}")
     return found
 
 

@@ -19,25 +19,6 @@ from scripts.stage import Stage
 ALL_INTERFACES = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104  where to reach a server bound to them
 
 
-def port_problems(bind: str, port: str, patience: float = 5) -> list[str]:
-    """Why this address cannot be taken; [] if it is free within `patience` seconds: a service that was just killed
-    takes a moment to let it go."""
-    deadline = time.monotonic() + patience
-    while (found := _port_problems(bind, port)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    return found
-
-
-def _port_problems(bind: str, port: str) -> list[str]:
-    with socket.socket(socket.AF_INET6 if ":" in bind else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((bind, int(port)))
-        except OSError as error:
-            return [f"BIND={bind} PORT={port}: {error.strerror}; choose another, for example PORT={int(port) + 1}"]
-    return []
-
-
 def environment() -> dict[str, str]:
     """vLLM's settings for a CPU: no process of its own for the worker, one core for the model and one for the API, and
     nothing compiled at run time: one request for log-probabilities otherwise waits half a minute for gcc, and

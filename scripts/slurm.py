@@ -46,13 +46,14 @@ BIND = "0.0.0.0"  # noqa: S104  others reach a service by its node's address; it
 
 def problems(submission) -> list[str]:
     """What keeps this stage out of the queue, asked of site.env, the stage's sbatch file and Slurm itself."""
-    if os.environ.get("DRY_RUN"):
-        return []
     found = site_problems()
     if found:
         return found
     site = read_site()
-    found = image_problems(site) + secret_problems(site) + time_problems(submission.stage, site)
+    found = time_problems(submission.stage, site)
+    if found or os.environ.get("DRY_RUN"):  # a dry run needs no cluster
+        return found
+    found = image_problems(site) + secret_problems(site)
     if not shutil.which("sbatch"):
         found.append("sbatch: not on PATH; CLUSTER=slurm needs a login node of the cluster")
     return found or _ask_slurm(submission, site)
@@ -96,10 +97,12 @@ def command_line(submission, after: str = "") -> str:
 
 
 def show(submission, after: str = "") -> str:
-    """The line, its job's id in a variable for the stages after it, and what slurm/run.sh will start on each node."""
+    """The line, its job's id in a variable for the stages after it; in comments what site.env and the shell add to it,
+    and what slurm/run.sh will start on each node."""
     line = command_line(submission, after and f"${after}")
+    told = [f"{k}={shlex.quote(v)}" for k, v in sorted(read_site().items()) if v and re.match("(SBATCH|RELAY|NCCL|GLOO|FI)_", k)]
     started = ask("bash", "slurm/run.sh", relative(submission.directory), env={**os.environ, "DRY_RUN": "1"})
-    return f"{submission.stage}=${line}\n# on each node: {(started.stdout or started.stderr).strip()}"
+    return f"{submission.stage}=${line}\n# with {' '.join(told)}\n# on each node: {started.stdout.strip()}"
 
 
 def submit(submission, after: str = "") -> int:
@@ -125,12 +128,12 @@ def submit(submission, after: str = "") -> int:
 
 
 def look(run: str) -> dict[str, Job]:
-    """The run's stages that have a job, and what the queue says of each. An attempt whose job has left the queue, or
+    """The run's unfinished stages that have a job, and what the queue says of each. An attempt whose job has left the queue, or
     waits in it again, is recorded as ended: squeue forgets, the run directory does not.
 
     Needs no accounting database. Raises InputError if Slurm does not answer.
     """
-    known = {s: j for s in STAGES if (j := _job_of(stage_dir(run, s)))}
+    known = {s: j for s in STAGES if not rundir.record(stage_dir(run, s)) and (j := _job_of(stage_dir(run, s)))}
     if not known:
         return {}
     before = {s: rundir.running(stage_dir(run, s)) for s in known}  # an attempt that begins after squeue was asked is alive

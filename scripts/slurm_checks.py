@@ -9,13 +9,13 @@ import re
 import subprocess
 from pathlib import Path
 
-from scripts.rundir import ROOT
+from scripts.rundir import ROOT, venv_problems
 
 SITE = "slurm/site.env"
 
 
 def site_problems() -> list[str]:
-    """Whether site.env can be read and has no syntax error."""
+    """Whether site.env can be read, has no syntax error and says what jobs run in."""
     try:
         (ROOT / SITE).read_text(encoding="utf-8")
     except OSError as error:
@@ -23,7 +23,11 @@ def site_problems() -> list[str]:
     tried = ask("bash", "-c", f"set -eu; set -a; . {SITE}")
     if tried.returncode:
         return [f"{SITE}: {tried.stderr.strip().replace(f'{SITE}: ', '').replace('bash: line 1: ', '')}; mend it"]
-    return []
+    site = read_site()
+    runtime = site.get("RELAY_RUNTIME", "none")
+    if runtime not in ("none", "pyxis", "apptainer"):
+        return [f"{SITE}: RELAY_RUNTIME={runtime}: unknown; known: none, pyxis, apptainer"]
+    return [] if runtime == "none" or site.get("RELAY_IMAGE") else [f"{SITE}: RELAY_RUNTIME={runtime} needs RELAY_IMAGE"]
 
 
 def read_site() -> dict[str, str]:
@@ -35,13 +39,8 @@ def read_site() -> dict[str, str]:
 def image_problems(site: dict[str, str]) -> list[str]:
     """Whether what jobs run in is there."""
     runtime, image = site.get("RELAY_RUNTIME", "none"), site.get("RELAY_IMAGE", "")
-    if runtime not in ("none", "pyxis", "apptainer"):
-        return [f"{SITE}: RELAY_RUNTIME={runtime}: unknown; known: none, pyxis, apptainer"]
     if runtime == "none":
-        missing = not (ROOT / ".venv/bin/python").exists()
-        return [".venv: missing, and RELAY_RUNTIME=none runs jobs in it; make setup"] if missing else []
-    if not image:
-        return [f"{SITE}: RELAY_RUNTIME={runtime} needs RELAY_IMAGE"]
+        return [f"{problem} (RELAY_RUNTIME=none runs jobs in it)" for problem in venv_problems()]
     is_file = image.startswith(("/", ".")) or image.endswith((".sqsh", ".sif"))  # else a registry's name
     return [f"{SITE}: RELAY_IMAGE={image}: no such file"] if is_file and not (ROOT / image).exists() else []
 

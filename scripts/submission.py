@@ -48,10 +48,25 @@ class Submission:
     nodes: int
     gpus: int
     files: dict[str, str] = field(default_factory=dict)
+    origins: dict[str, Path] = field(default_factory=dict)  # of the files that are copies
 
     @property
     def stage(self) -> str:
         return self.directory.name
+
+    def copy(self, path: Path, name: str) -> None:
+        """Freeze a file of the repository under a name in the stage's directory."""
+        self.files[name], self.origins[name] = path.read_text(encoding="utf-8"), path
+
+    def as_shell(self) -> str:
+        """Commands that write these files, for a shell in the repository."""
+        folders = {(self.directory / name).parent for name in ("logs/*", *self.files) if "/" in name}
+        lines = [f"mkdir -p {shlex.join(sorted(map(relative, folders)))}"]
+        for name, text in self.files.items():
+            path = shlex.quote(relative(self.directory / name))
+            copied = name in self.origins and shlex.quote(relative(self.origins[name]))
+            lines.append(f"cp {copied} {path}" if copied else f"cat > {path} << 'EOF'\n{text}EOF")
+        return "\n".join(lines)
 
 
 def read_request(verb: str, env: dict[str, str]) -> Request:
@@ -144,7 +159,7 @@ def plan(request: Request, stage: str, pending: tuple[str, ...] = ()) -> Submiss
     if stage in ("data", "pretrain") and not (stage == "pretrain" and model):
         architecture = CONFIGS / "models" / request.model / "config.json"
         if architecture.exists():
-            submission.files["architecture.json"] = architecture.read_text(encoding="utf-8")
+            submission.copy(architecture, "architecture.json")
         else:
             found.append(f"{relative(architecture)}: missing; a model born here needs its architecture there, any other its FROM=")
     if stage != "data":
@@ -191,15 +206,15 @@ def _add_config(submission: Submission, stage: str, model: str) -> list[str]:
         return [
             f"configs/{stage}/{model}.*: missing; copy one of {', '.join(sorted(p.name for p in (CONFIGS / stage).glob('*.*')))}"
         ]
-    submission.files[f"config{files[0].suffix}"] = files[0].read_text(encoding="utf-8")
+    submission.copy(files[0], f"config{files[0].suffix}")
     if stage == "evaluate":
         for path in sorted((CONFIGS / stage / "tasks").iterdir()):
             if path.is_file():
-                submission.files[f"tasks/{path.name}"] = path.read_text(encoding="utf-8")
+                submission.copy(path, f"tasks/{path.name}")
         floors = CONFIGS / stage / f"{model}.floors.json"
         if not floors.exists():
             return [f"{relative(floors)}: missing; deploy needs to know which scores pass"]
-        submission.files["floors.json"] = floors.read_text(encoding="utf-8")
+        submission.copy(floors, "floors.json")
     return []
 
 
@@ -217,6 +232,8 @@ def _check_service(request: Request, facts: dict[str, str], model: Path | None, 
     found = []
     if not request.port.isdigit() or not 0 < int(request.port) < 65536:
         found.append(f"PORT={request.port}: give a number from 1 to 65535; for example PORT=8001")
+    elif request.cluster == "local" and not request.dry_run and not rundir.running(stage_dir(request.run, "deploy")):
+        found += preflight.port_problems(request.bind, int(request.port))
     if request.api_key_file:
         facts["API_KEY_FILE"] = as_fact(Path(request.api_key_file))
         key = Path(request.api_key_file)

@@ -191,4 +191,5 @@ def _free_ports(count: int) -> list[int]:
 if __name__ == "__main__":
     lab = Lab(Path(sys.argv[1]).resolve())
     {"up": lab.up, "down": lab.down}[sys.argv[2]]()
-    print(f"export SLURM_CONF={lab.conf}")
+    if sys.argv[2] == "up":
+        print(f"export SLURM_CONF={lab.conf}")

@@ -13,6 +13,7 @@ from golden import CASES, FOLDER, dry_run
 
 from scripts import local, preflight, report, rundir, submission
 from scripts.errors import InputError
+from scripts.launch import claimed
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_arguments_pass_through_make_intact():
     result = subprocess.run(
         ["make", "-s", "pretrain", f"ARGS={quoted}"], cwd=ROOT, env=env, capture_output=True, text=True, check=True
     )
-    block = result.stdout.split("pretrain/args.json\n")[1].split("\n#")[0]
+    block = result.stdout.split("pretrain/args.json << 'EOF'\n")[1].split("EOF\n")[0]
     assert json.loads(block) == words
 
 
@@ -148,6 +149,16 @@ def test_a_second_launch_of_a_running_stage_is_refused(finetune):
     refused("clean", "running", "make stop RUN=x", RUN="x")
 
 
+def test_of_two_launches_in_one_instant_one_is_refused(finetune):
+    """While one submits, no other does; the lock goes with its process."""
+    with claimed("x", "finetune"):
+        refused("finetune", "another make began it a moment ago", "make status RUN=x", **finetune.options)
+    with claimed("x", "finetune"):
+        rundir.begin_attempt(finetune.directory)
+    with pytest.raises(InputError, match="another make"), claimed("x", "finetune"):
+        pass
+
+
 def test_a_run_that_another_machine_holds_is_left_alone(finetune):
     """A copy of a run, or a shared disk: the pid in the attempt is some other process here."""
     attempt = {**rundir.begin_attempt(finetune.directory), "host": "elsewhere"}
@@ -184,7 +195,8 @@ def test_a_stop_of_what_does_not_run_says_so(finetune):
 def test_a_venv_that_is_gone_is_named(finetune, monkeypatch, tmp_path):
     monkeypatch.setattr(rundir, "ROOT", tmp_path)
     monkeypatch.delenv("DRY_RUN", raising=False)
-    assert local.problems(finetune) == [".venv: missing; make setup"]
+    assert ".venv: missing" in local.problems(finetune)[0]
+    assert "make setup" in local.problems(finetune)[0]
 
 
 def test_a_disk_too_small_for_the_model_is_refused(finetune, monkeypatch):
@@ -248,15 +260,14 @@ def test_a_metric_that_was_not_measured_fails(tmp_path):
     assert judged["passed"] is False
 
 
-def test_a_taken_port_is_named():
-    from scripts.service import port_problems
-
+def test_a_taken_port_is_named_before_the_first_stage(runs):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert f"PORT={port}" in port_problems("127.0.0.1", str(port), patience=0)[0]
-    assert port_problems("127.0.0.1", str(port)) == []
+        refused("pipeline", f"PORT={port}", "in use", f"PORT={port + 1}", RUN="x", PORT=str(port))
+        assert not runs.exists()
+    assert preflight.port_problems("127.0.0.1", port) == []
 
 
 def test_a_key_that_others_can_read_is_refused(runs, tmp_path):

@@ -52,9 +52,10 @@ def test_local_and_slurm_run_the_same(stage, model):
         said = dry_run(
             stage, {"RUN": "x", "FROM": str(model), "DATA": "", "FORCE": "1", "GPUS": "2", "CLUSTER": cluster, "BIND": "127.0.0.1"}
         )
-        block = said.split(f"# runs/x/{stage}/stage.env\n")[1]
-        command = re.search(rf"\S*/python -m scripts\.{stage} runs/x/{stage}", block)[0]
-        outputs[cluster] = (block.split("\n#")[0], command)
+        block = said[said.index(f"mkdir -p runs/x/{stage}/logs") :]
+        files = block[: block.rindex("EOF\n")]
+        assert f"cat > runs/x/{stage}/stage.env" in files
+        outputs[cluster] = (files, re.search(rf"\S*/python -m scripts\.{stage} runs/x/{stage}", block)[0])
     assert outputs["slurm"] == outputs["local"]
 
 
@@ -108,6 +109,12 @@ def test_an_admin_adapts_one_file(checkout):
         text, count = re.subn(rf'^(# )?: "\$\{{{name}:=.*?\}}"', f': "${{{name}:={value}}}"', text, flags=re.M)
         assert count >= 1, name
     site.write_text(text + "echo a banner of this site\n")
+    shown = launch(checkout, "pretrain", DRY_RUN="1", SBATCH_ACCOUNT="mine", HF_TOKEN="hf_abc").stdout  # noqa: S106
+    assert (
+        "# with NCCL_SOCKET_IFNAME=en RELAY_IMAGE=/img/relay.sif RELAY_MOUNTS=/scratch:/scratch RELAY_RUNTIME=apptainer " in shown
+    )
+    assert "SBATCH_ACCOUNT=mine SBATCH_PARTITION=h100\n" in shown
+    assert "hf_abc" not in shown
     assert srun(checkout).startswith("srun "), "what site.env prints is no part of a line to paste or of a job's id"
     assert "/scratch:/scratch" in srun(checkout)
     assert "relay.sif" in srun(checkout)
@@ -126,21 +133,22 @@ def test_an_admin_adapts_one_file(checkout):
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("dry", "line", "words"),
     [
-        (None, ["slurm/site.env", "No such file", "git checkout"]),
-        ("SBATCH_PARTITION=(", ["slurm/site.env: line 1", "unexpected EOF"]),
-        (": ${NO_SUCH?}", ["slurm/site.env", "NO_SUCH"]),
-        (': "${RELAY_RUNTIME:=docker}"', ["RELAY_RUNTIME=docker", "known: none, pyxis, apptainer"]),
-        (': "${RELAY_RUNTIME:=pyxis}"', ["needs RELAY_IMAGE"]),
-        (': "${RELAY_RUNTIME:=pyxis}" "${RELAY_IMAGE:=/no/relay.sqsh}"', ["RELAY_IMAGE=/no/relay.sqsh", "no such file"]),
-        ("HF_TOKEN_PATH={secret}", ["HF_TOKEN_PATH=", "readable by others", "chmod 600"]),
-        ("SBATCH_TIMELIMIT=2", ["--time=2 ", "120 s", "SBATCH_TIMELIMIT", "SBATCH_SIGNAL"]),
-        ("SBATCH_TIMELIMIT=soon", ["--time=soon", "man sbatch"]),
-        ("", ["sbatch: not on PATH", "login node"]),
+        (True, None, ["slurm/site.env", "No such file", "git checkout"]),
+        (True, "SBATCH_PARTITION=(", ["slurm/site.env: line 1", "unexpected EOF"]),
+        (True, ": ${NO_SUCH?}", ["slurm/site.env", "NO_SUCH"]),
+        (True, ': "${RELAY_RUNTIME:=docker}"', ["RELAY_RUNTIME=docker", "known: none, pyxis, apptainer"]),
+        (True, ': "${RELAY_RUNTIME:=pyxis}"', ["needs RELAY_IMAGE"]),
+        (False, ': "${RELAY_RUNTIME:=pyxis}" "${RELAY_IMAGE:=/no/relay.sqsh}"', ["RELAY_IMAGE=/no/relay.sqsh", "no such file"]),
+        (False, "HF_TOKEN_PATH={secret}", ["HF_TOKEN_PATH=", "readable by others", "chmod 600"]),
+        (True, "SBATCH_TIMELIMIT=2", ["--time=2 ", "120 s", "SBATCH_TIMELIMIT", "SBATCH_SIGNAL"]),
+        (True, "SBATCH_TIMELIMIT=soon", ["--time=soon", "man sbatch"]),
+        (False, "", ["sbatch: not on PATH", "login node"]),
     ],
 )
-def test_a_mistake_is_named_before_submission(checkout, tmp_path, line, words):
+def test_a_mistake_is_named_before_submission(checkout, tmp_path, dry, line, words):
+    """By a dry run, too, where the cluster need not be there to see it."""
     secret = tmp_path / "token"
     secret.write_text("hf_abc")
     secret.chmod(0o644)
@@ -155,6 +163,8 @@ def test_a_mistake_is_named_before_submission(checkout, tmp_path, line, words):
         (tools / name).symlink_to(shutil.which(name))
     result = launch(checkout, path=str(tools))
     assert result.returncode == 64, result.stderr
+    shown = launch(checkout, path=str(tools), DRY_RUN="1")
+    assert (shown.returncode, shown.stderr) == ((64, result.stderr) if dry else (0, ""))
     assert "Traceback" not in result.stderr
     assert "hf_abc" not in result.stderr
     for word in words:
