@@ -35,9 +35,10 @@ runs=$(realpath -m "$directory/../..")
 mounts=$PWD:$PWD,$runs:$runs${RELAY_MOUNTS:+,$RELAY_MOUNTS}
 case $RELAY_RUNTIME in
   none) python=.venv/bin/python ;;
-  pyxis) # a variable that the image sets, too, wins over the job's unless it is named
+  pyxis) # a variable that the image sets, too, wins over the job's unless it is named; --writable: tools cache in $HOME
     names=$(compgen -e | grep -E '^(PET|RELAY|NCCL|GLOO|FI|OMP|HF|TORCH|VLLM)_' | paste -sd,)
-    launch+=("--container-image=$RELAY_IMAGE" "--container-mounts=$mounts" "--container-workdir=$PWD" "--container-env=$names") ;;
+    launch+=("--container-image=$RELAY_IMAGE" --container-writable "--container-mounts=$mounts" "--container-workdir=$PWD")
+    launch+=("--container-env=$names") ;;
   apptainer) launch+=(apptainer exec --nv --bind "$mounts" --pwd "$PWD" "$RELAY_IMAGE") ;;
   *) refuse "slurm/site.env: RELAY_RUNTIME=$RELAY_RUNTIME: unknown; known: none, pyxis, apptainer" ;;
 esac

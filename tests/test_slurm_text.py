@@ -80,12 +80,12 @@ def test_pyxis(checkout):
         RELAY_IMAGE="/shared/relay.sqsh",
         RELAY_MOUNTS="/data:/data",
         NCCL_DEBUG="INFO",
-        FI_PROVIDER="efa",
+        NCCL_NET="AWS Libfabric",
     )
     assert line == (
-        "srun --wait=60 --kill-on-bad-exit=0 --container-image=/shared/relay.sqsh "
+        "srun --wait=60 --kill-on-bad-exit=0 --container-image=/shared/relay.sqsh --container-writable "
         "--container-mounts=/repo:/repo\\,/repo/runs:/repo/runs\\,/data:/data --container-workdir=/repo "
-        "--container-env=FI_PROVIDER\\,NCCL_DEBUG\\,PET_NNODES\\,PET_NPROC_PER_NODE\\,PET_RDZV_BACKEND\\,PET_RDZV_ENDPOINT\\,PET_RDZV_ID\\,"
+        "--container-env=NCCL_DEBUG\\,NCCL_NET\\,PET_NNODES\\,PET_NPROC_PER_NODE\\,PET_RDZV_BACKEND\\,PET_RDZV_ENDPOINT\\,PET_RDZV_ID\\,"
         "RELAY_ADDRESS\\,RELAY_IMAGE\\,RELAY_JOB\\,RELAY_MOUNTS\\,RELAY_RUNTIME\\,RELAY_SRUN_FLAGS "
         "python3 -m scripts.pretrain runs/x/pretrain"
     )
