@@ -25,21 +25,24 @@ job=${SLURM_JOB_ID:-0}
 export RELAY_ADDRESS=${RELAY_ADDRESS:-head} RELAY_JOB=${SLURM_CLUSTER_NAME:-cluster}:$job
 export PET_NNODES=${nodes:-1} PET_NPROC_PER_NODE=${gpus:-1} PET_RDZV_BACKEND=c10d
 export PET_RDZV_ENDPOINT=$RELAY_ADDRESS:$((20000 + job % 10000)) PET_RDZV_ID=$job-${SLURM_RESTART_COUNT:-0}
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-} # srun no longer looks at sbatch's own, and gives one core
-[ -n "$SRUN_CPUS_PER_TASK" ] || unset SRUN_CPUS_PER_TASK
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun reads sbatch's no more, and gives one
 
 read -ra flags <<< "$RELAY_SRUN_FLAGS"
 # --wait: a node whose script died ends the others a minute later, when they have said why.
 launch=(srun --wait=60 --kill-on-bad-exit=0 "${flags[@]}") python=python3
 runs=$(realpath -m "$directory/../..")
 mounts=$PWD:$PWD,$runs:$runs${RELAY_MOUNTS:+,$RELAY_MOUNTS}
+# A variable that the image sets, too, wins over the job's unless it is named.
+names=$(compgen -e | grep -E '^(PET|RELAY|NCCL|GLOO|FI|OMP|HF|TORCH|VLLM)_' | paste -sd,)
 case $RELAY_RUNTIME in
   none) python=.venv/bin/python ;;
-  pyxis) # a variable that the image sets, too, wins over the job's unless it is named; --writable: tools cache in $HOME
-    names=$(compgen -e | grep -E '^(PET|RELAY|NCCL|GLOO|FI|OMP|HF|TORCH|VLLM)_' | paste -sd,)
+  pyxis) # writable, or the first tool that caches in $HOME dies
     launch+=("--container-image=$RELAY_IMAGE" --container-writable "--container-mounts=$mounts" "--container-workdir=$PWD")
     launch+=("--container-env=$names") ;;
-  apptainer) launch+=(apptainer exec --nv --bind "$mounts" --pwd "$PWD" "$RELAY_IMAGE") ;;
+  apptainer)
+    [ -n "${DRY_RUN:-}" ] || command -v apptainer > /dev/null || refuse "$SLURMD_NODENAME: apptainer is not on PATH there"
+    for name in ${names//,/ }; do export "APPTAINERENV_$name=${!name}"; done
+    launch+=(apptainer exec --nv --bind "$mounts" --pwd "$PWD" "$RELAY_IMAGE") ;;
   *) refuse "slurm/site.env: RELAY_RUNTIME=$RELAY_RUNTIME: unknown; known: none, pyxis, apptainer" ;;
 esac
 launch+=("$python" -m "scripts.$stage" "$directory")
