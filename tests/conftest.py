@@ -25,7 +25,7 @@ def runs(tmp_path, monkeypatch) -> Path:
 
 def launch(verb: str, **options: str) -> subprocess.CompletedProcess:
     """The launcher as make calls it, on an environment of nothing but `options`."""
-    keep = {name: os.environ[name] for name in ("PATH", "HOME", "RUNS", "OMP_NUM_THREADS") if name in os.environ}
+    keep = {name: os.environ[name] for name in ("PATH", "HOME", "RUNS", "OMP_NUM_THREADS", "SLURM_CONF") if name in os.environ}
     command = [sys.executable, "-m", "scripts.launch", verb]
     return subprocess.run(command, cwd=ROOT, env={**keep, **options}, capture_output=True, text=True)
 

@@ -149,7 +149,7 @@ def ask_at_length(run):
 
 def refused(verb, *words, **options):
     began = time.monotonic()
-    result = launch(verb, CLUSTER="slurm", **{k: os.environ[k] for k in ("SLURM_CONF",) if k in os.environ}, **options)
+    result = launch(verb, CLUSTER="slurm", **options)
     assert (result.returncode, "Traceback" in result.stderr) == (64, False), (result.stdout, result.stderr)
     for word in words:
         assert word in result.stderr, result.stderr
@@ -196,7 +196,7 @@ def test_the_pipeline_the_gate_and_a_service(lab):
     options = {"RUN": "line", **PAIR, **short, "EVALUATE_ARGS": "--limit 16", "PORT": PORT}
     began = time.monotonic()
     with ThreadPoolExecutor() as two:
-        both = [two.submit(launch, "pipeline", **options, **lab.environment) for _ in range(2)]
+        both = [two.submit(launch, "pipeline", **options) for _ in range(2)]
     assert time.monotonic() - began < 30, "it must not wait for the queue"
     said_by = {one.result().returncode: one.result().stdout + one.result().stderr for one in both}
     assert 0 in said_by, said_by
@@ -207,7 +207,7 @@ def test_the_pipeline_the_gate_and_a_service(lab):
     jobs = [job("line", stage) for stage in rundir.STAGES]
     for stage in rundir.STAGES[2:]:
         assert f"waits for {rundir.STAGES[rundir.STAGES.index(stage) - 1]}" in status("line", stage)
-    assert "submitted already" in launch("pretrain", **options, **lab.environment).stderr
+    assert "submitted already" in launch("pretrain", **options).stderr
     make("pipeline", **options)
     assert [job("line", stage) for stage in rundir.STAGES] == jobs, "a second pipeline doubles no job"
     gpus = {s: re.search(r"gres/gpu=(\d+)", lab.ask("scontrol", "-o", "show", "job", job("line", s)) or "") for s in rundir.STAGES}
@@ -247,7 +247,7 @@ def test_what_a_dry_run_prints_works_pasted(lab):
     assert not (rundir.runs_root() / "pasted").exists()
     subprocess.run(["bash", "-e"], input="\n\n".join(shown.split("\n\n")[:3]), text=True, cwd=ROOT, check=True)
     until(lambda: "finetune done" in status("pasted", "finetune"), 180)
-    made = launch("finetune", RUN="pasted", **PAIR, ARGS=short["FINETUNE_ARGS"], **lab.environment)
+    made = launch("finetune", RUN="pasted", **PAIR, ARGS=short["FINETUNE_ARGS"])
     assert "done already" in made.stdout, "make would have written the same"
 
 
@@ -384,14 +384,14 @@ def test_slurmctld_does_not_answer(own, whole, tmp_path, monkeypatch):
     (tmp_path / "slurm.conf").write_text(conf)
     (tmp_path / "gres.conf").write_text((own.folder / "gres.conf").read_text())
     monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
-    result = launch("data", CLUSTER="slurm", RUN="test-unreachable", SLURM_CONF=os.environ["SLURM_CONF"])
+    result = launch("data", CLUSTER="slurm", RUN="test-unreachable")
     assert result.returncode == 64
     assert "Slurm does not answer" in result.stderr
     assert "scontrol ping" in result.stderr
     assert "align     done" in make("status", RUN="whole").stdout, "what is finished needs no scheduler"
     (whole / "evaluate").mkdir()
     (whole / "evaluate/job.json").write_text('{"cluster": "slurm", "name": "lab", "job": "7", "submitted": 0}')
-    result = launch("status", RUN="whole", SLURM_CONF=os.environ["SLURM_CONF"])
+    result = launch("status", RUN="whole")
     assert "align     done" in result.stdout, "what is recorded is shown all the same"
     assert "Slurm does not answer" in result.stderr
     shutil.rmtree(whole / "evaluate")
