@@ -128,8 +128,8 @@ def submit(submission, after: str = "") -> int:
 
 
 def look(run: str) -> dict[str, Job]:
-    """The run's unfinished stages that have a job, and what the queue says of each. An attempt whose job has left the queue, or
-    waits in it again, is recorded as ended: squeue forgets, the run directory does not.
+    """The run's unfinished stages that have a job, and what the queue says of each. An attempt whose job has left the
+    queue, or waits in it again, is recorded as ended: squeue forgets, the run directory does not.
 
     Needs no accounting database. Raises InputError if Slurm does not answer.
     """

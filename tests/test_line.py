@@ -298,9 +298,11 @@ def test_a_users_own_conversations_go_through_the_line(folder, tmp_path):
 
 
 def test_pretraining_goes_on_from_a_model(demo):
-    """FROM= in pretrain: the first loss is the model's, not a random one's (8.1)."""
+    """FROM= in pretrain: the first loss is the model's, not a random one's (8.1). Started by what its dry run prints."""
     arguments = "--training.steps 3 --metrics.log_freq 1 --lr_scheduler.warmup_steps 1"
-    make("pretrain", RUN="on", FROM=str(demo["run"] / "pretrain/model"), DATA=str(demo["run"] / "data"), ARGS=arguments)
+    options = {"RUN": "on", "FROM": str(demo["run"] / "pretrain/model"), "DATA": str(demo["run"] / "data"), "ARGS": arguments}
+    subprocess.run(["bash", "-e"], input=make("pretrain", **options, DRY_RUN="1").stdout, cwd=ROOT, text=True, check=True)
+    assert "done already" in make("pretrain", **options).stdout, "make would have written the same"
     assert loss_curve(demo["runs"] / "on/pretrain/metrics")[0][1] < 5.5
 
 
