@@ -22,6 +22,7 @@ help: ## This help
 	@printf '  %-22s %s\n' \
 	  'RUN=name' 'the run (default: the model'"'"'s name); MODEL=debug NODES=1; CLUSTER=slurm' \
 	  'GPUS=1' 'processes on each node' \
+	  'RUNS=folder' 'where runs are (default: runs/ here); in every command of a run' \
 	  'DATA=file|folder' '.txt or .jsonl; default: the documentation inside this Python' \
 	  'FROM=dir' 'start from this Hugging Face directory' \
 	  'ARGS="…"' 'arguments of the upstream tool; for pipeline: PRETRAIN_ARGS=… and so on' \

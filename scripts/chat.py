@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from scripts import rundir
+from scripts import report, rundir
 from scripts.errors import DONE, WRONG_INPUT, InputError
 
 
@@ -21,6 +21,7 @@ class Server:
 
     def __init__(self, directory: Path):
         run = directory.parent.name
+        report.check_exists(run)
         server = rundir.read_json(directory / "server.json")
         if not server or not rundir.running(directory):
             raise InputError(f"run {run} is not served; make deploy RUN={run}, or wait: make status RUN={run} shows it loading")

@@ -26,25 +26,15 @@ def launch(request: Request, stage: str) -> int:
     """Start one stage, or say that it is done. Returns an exit code."""
     cluster, jobs = CLUSTERS[request.cluster], look(request.run)
     plan(request, stage, pending=("data", *_ahead(request, stage, jobs)))  # before data begins
-    unprepared = stage in (*TRAINED, "evaluate") and not prepared_data(request)
-    given = request.data and request.verb != "pipeline"  # a pipeline has run its data stage already
-    if unprepared and (given or not record(stage_dir(request.run, "data"))) and "data" not in _ahead(request, stage, jobs):
+    data_first = stage == request.verb and stages_of(request) != [stage]  # a pipeline has run its data stage already
+    if data_first and "data" not in _ahead(request, stage, jobs):
         code = launch(request, "data")
         if code:
             return code
         jobs = look(request.run)
     ahead = _ahead(request, stage, jobs)
     submission = plan(request, stage, pending=("data", *ahead))
-    kept = record(submission.directory) or (submission.directory / "checkpoints").exists()
-    changed = differences(submission) if kept else []  # nothing to lose: a mended ARGS may simply try again
-    if changed:
-        again = f"make clean RUN={request.run} STAGE={stage}"
-        raise InputError(
-            [
-                f"{relative(submission.directory)} exists with other settings: {'; '.join(changed)}. "
-                f"Choose another RUN, or remove this stage and what it made: {again}"
-            ]
-        )
+    refuse_other_settings(submission)
     if record(submission.directory):
         print(f"{stage}: done already; {report.one_line(submission.directory)}")
         return DONE
@@ -58,6 +48,7 @@ def launch(request: Request, stage: str) -> int:
         time.sleep(0.5)  # another launch of it, whose launcher may be gone
         state = report.service_state(submission.directory)
     if state == "serving":
+        refuse_other_settings(submission)
         print(f"deploy: serving already; {report.one_line(submission.directory)}")
         return DONE
     if state == "silent":
@@ -70,6 +61,19 @@ def launch(request: Request, stage: str) -> int:
         after = list(ahead.values())[-1:]  # which has the others ahead of itself
         write(submission, cluster.command_line(submission, *after))
         return cluster.submit(submission, *after)
+
+
+def refuse_other_settings(submission: Submission) -> None:
+    """Raises InputError if the stage has something to lose that was made or serves with other settings; where it has not, a
+    mended ARGS may simply try again."""
+    directory, run, stage = submission.directory, submission.directory.parent.name, submission.stage
+    kept = record(directory) or (directory / "checkpoints").exists() or (stage == "deploy" and rundir.running(directory))
+    changed = differences(submission) if kept else []
+    if changed:
+        mend = "end it: make undeploy" if stage == "deploy" else "remove this stage and what it made: make clean STAGE=" + stage
+        raise InputError(
+            f"{relative(directory)} exists with other settings: {'; '.join(changed)}. Choose another RUN, or {mend} RUN={run}"
+        )
 
 
 @contextlib.contextmanager
@@ -110,9 +114,18 @@ def write(submission: Submission, submitted: str) -> None:
         rundir.write_atomic(path, text)
 
 
+def stages_of(request: Request) -> list[str]:
+    """The stages that a verb runs, in order: data, too, where a stage needs it first."""
+    if request.verb == "pipeline":
+        return [s for s in STAGES if not (s == "data" and prepared_data(request))]
+    unprepared = request.verb in (*TRAINED, "evaluate") and not prepared_data(request)
+    data_first = unprepared and (request.data or not record(stage_dir(request.run, "data")))
+    return ["data", request.verb] if data_first else [request.verb]
+
+
 def pipeline(request: Request) -> int:
     """All stages in order, going on from the first that is not done; the table at the end."""
-    stages = [s for s in STAGES if not (s == "data" and prepared_data(request))]
+    stages = stages_of(request)
     for stage in stages:
         plan(request, stage, pending=tuple(stages[: stages.index(stage)]))  # every problem before the first minute
     for stage in stages:
@@ -145,13 +158,19 @@ def status(request: Request) -> int:
 
 def show_dry_run(request: Request) -> None:
     """Print what would be written and started, for a shell in the repository to do the same; touch nothing."""
-    stages = list(STAGES) if request.verb == "pipeline" else [request.verb]
-    if request.verb in (*TRAINED, "evaluate") and not prepared_data(request) and not record(stage_dir(request.run, "data")):
-        stages.insert(0, "data")
-    for stage in stages:
-        submission = plan(request, stage, pending=STAGES[: STAGES.index(stage)])
+    stages = stages_of(request)
+    submissions = [plan(request, stage, pending=tuple(stages[:number])) for number, stage in enumerate(stages)]
+    for submission in submissions:
+        refuse_other_settings(submission)
+    print("# what make would do, for a shell in the repository; all of it: … | bash -e\n")
+    shown: list[str] = []
+    for submission in submissions:
+        if record(submission.directory):
+            print(f"# {submission.stage}: done already\n")
+            continue
         print(submission.as_shell())
-        print(CLUSTERS[request.cluster].show(submission, *stages[: stages.index(stage)][-1:]) + "\n")
+        print(CLUSTERS[request.cluster].show(submission, *shown[-1:]) + "\n")
+        shown.append(submission.stage)
 
 
 def stop(request: Request) -> int:
@@ -170,7 +189,7 @@ def stop(request: Request) -> int:
         ended = "cancelled" if request.verb == "cancel" else "stopped"
         print(f"{stage}: {'taken from the queue' if queued else ended}", flush=True)
     if waiting:
-        print(f"make pipeline RUN={request.run} CLUSTER={jobs[waiting[0]].cluster} goes on, and submits the others again")
+        print("the same make pipeline goes on, and submits the others again")
     return DONE
 
 
@@ -189,7 +208,7 @@ def clean(request: Request) -> int:
         raise InputError(f"{target}: nothing there; runs: {', '.join(sorted(folder_names(rundir.runs_root()))) or 'none'}")
     busy = [s for s in _under_way(request.run, look(request.run)) if request.stage in ("", s)]
     if busy:
-        raise InputError(f"{', '.join(busy)} of run {request.run} is running; first make stop RUN={request.run}")
+        raise InputError(f"run {request.run} is running or queued ({', '.join(busy)}); first make stop RUN={request.run}")
     shutil.rmtree(target)
     print(f"removed {relative(target)}")
     return DONE
@@ -216,6 +235,8 @@ def main(arguments: list[str]) -> int:
         if request.dry_run and verb in (*STAGES, "pipeline"):
             show_dry_run(request)
             return DONE
+        if request.dry_run and verb in ("stop", "cancel", "undeploy", "clean"):
+            raise InputError(f"DRY_RUN=1: {verb} has no dry run; make status RUN={request.run} shows what there is")
         return verbs[verb](request)
     except KeyboardInterrupt:
         return 130

@@ -87,11 +87,11 @@ def table(run: str, jobs: Mapping[str, rundir.Job] | None = None) -> str:
         if stage == "deploy" and state == "running":
             state = service_state(directory)
         job = (jobs or {}).get(stage)
-        if job and state != "done" and job.word in ("queued", "cancelled"):
-            state = job.word
+        queue_says = bool(job and state != "done" and job.word not in ("", "running"))
+        state = job.word if queue_says else state
         if job and job.word == "running" and state not in ("done", "running", "serving", "loading", "silent"):
             state = "starting"
-        said = [result(directory), job.note if job and state != "done" else "", _fault(directory, state)]
+        said = [result(directory), job.note if job and state != "done" else "", "" if queue_says else _fault(directory, state)]
         rows.append((stage, state, seconds(directory), speed(directory), "; ".join(s for s in said if s)))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [
@@ -121,6 +121,7 @@ def sample(run: str) -> int:
 
 def logs(run: str, stage: str) -> int:
     """Print the end of the newest log of a stage, or of the stage that was active last."""
+    check_exists(run)
     kinds = ("attempt-*.log", "slurm-*.log")
     candidates = [p for s in STAGES if stage in ("", s) for kind in kinds for p in stage_dir(run, s).glob(f"logs/{kind}")]
     if not candidates:
@@ -186,6 +187,7 @@ def gate_problems(evaluation: Path, model: Path) -> list[str]:
 
 def lineage(run: str) -> int:
     """Walk from the newest model of a run back to its corpus; every input's digest must be the output's that it names."""
+    check_exists(run)
     stage = next((s for s in ("deploy", "evaluate", *reversed(TRAINED)) if _inputs(stage_dir(run, s))), None)
     if stage is None:
         raise InputError(f"run {run}: nothing to trace yet; make status RUN={run}")

@@ -146,7 +146,7 @@ class Job(NamedTuple):
 
     cluster: str
     id: str
-    word: str  # queued, running, cancelled (it left the queue before it began), "" if the run directory tells the rest
+    word: str  # queued, running; cancelled, failed: its stage never began; "" if the run directory tells the rest
     note: str
 
     @property
@@ -266,7 +266,7 @@ def status(directory: Path) -> str:
         return "done"
     history = attempts(directory) if directory.exists() else []
     if not history:
-        return "submitted" if (directory / "stage.env").exists() else "-"
+        return "submitted" if (directory / "job.json").exists() else "-"
     if alive(history[-1]):
         return "running"
     return {64: "refused", 75: "stopped", None: "lost"}.get(history[-1].get("exit"), "failed")

@@ -102,7 +102,10 @@ def show(submission, after: str = "") -> str:
     line = command_line(submission, after and f"${after}")
     told = [f"{k}={shlex.quote(v)}" for k, v in sorted(read_site().items()) if v and re.match("(SBATCH|RELAY|NCCL|GLOO|FI)_", k)]
     started = ask("bash", "slurm/run.sh", relative(submission.directory), env={**os.environ, "DRY_RUN": "1"})
-    return f"{submission.stage}=${line}\n# with {' '.join(told)}\n# on each node: {started.stdout.strip()}"
+    # So that make finds the job while it waits; ":?": a script ends where sbatch refused.
+    content, file = '{"cluster": "slurm", "job": "%s", "submitted": %s}\\n', relative(submission.directory / "job.json")
+    job = f"""printf '{content}' "${{{submission.stage}:?}}" "$(date +%s)" > {shlex.quote(file)}"""
+    return f"{submission.stage}=${line}\n{job}\n# with {' '.join(told)}\n# on each node: {started.stdout.strip()}"
 
 
 def submit(submission, after: str = "") -> int:
@@ -128,16 +131,21 @@ def submit(submission, after: str = "") -> int:
 
 
 def look(run: str) -> dict[str, Job]:
-    """The run's unfinished stages that have a job, and what the queue says of each. An attempt whose job has left the
+    """The run's stages that have a job, and what the queue says of each. An attempt whose job has left the
     queue, or waits in it again, is recorded as ended: squeue forgets, the run directory does not.
 
     Needs no accounting database. Raises InputError if Slurm does not answer.
     """
-    known = {s: j for s in STAGES if not rundir.record(stage_dir(run, s)) and (j := _job_of(stage_dir(run, s)))}
+    known = {s: j for s in STAGES if (j := _job_of(stage_dir(run, s)))}
     if not known:
         return {}
     before = {s: rundir.running(stage_dir(run, s)) for s in known}  # an attempt that begins after squeue was asked is alive
-    queue, name = _queue(*(job for _, job in known.values())), cluster_name()
+    try:
+        queue, name = _queue(*(job for _, job in known.values())), cluster_name()
+    except InputError:
+        if all(rundir.record(stage_dir(run, s)) for s in known):
+            return {}  # there is nothing that only the queue knows
+        raise
     found = {}
     for stage, (cluster, job) in known.items():
         directory = stage_dir(run, stage)
@@ -156,7 +164,7 @@ def look(run: str) -> dict[str, Job]:
         elif rundir.record(directory) or attempts_of(directory, f"{cluster}:{job}"):
             found[stage] = Job("slurm", job, "", "")
         else:
-            found[stage] = Job("slurm", job, "cancelled", f"job {job} left the queue before it began: {_why_gone(directory, job)}")
+            found[stage] = Job("slurm", job, *_why_gone(directory, job))
     return found
 
 
@@ -172,7 +180,7 @@ def _job_of(directory: Path) -> tuple[str, str] | None:
     if last.get("job", "").count(":") == 1 and last["started"] > written.get("submitted", 0):
         cluster, job = last["job"].split(":")
         return cluster, job
-    return (written["name"], written["job"]) if written.get("cluster") == "slurm" else None
+    return (written.get("name") or cluster_name(), written["job"]) if written.get("cluster") == "slurm" else None
 
 
 def _queue(*jobs: str) -> dict[str, dict]:
@@ -196,22 +204,24 @@ def _in_queue(job: str, row: dict[str, str]) -> Job:
     return Job("slurm", job, "running", f"job {job} on {row['where']}" + ("" if state == "RUNNING" else f", {state.lower()}"))
 
 
-def _why_gone(directory: Path, job: str) -> str:
-    """Slurm remembers a finished job for a few minutes (MinJobAge)."""
+def _why_gone(directory: Path, job: str) -> tuple[str, str]:
+    """(word, note) of a job that left the queue without an attempt. Slurm remembers it for a few minutes (MinJobAge)."""
     shown = ask("scontrol", "--oneliner", "show", "job", job).stdout
     state = (re.search(r"JobState=(\w+)", shown) or ["", ""])[1]
     logs = directory / "logs"
     if re.search(r"ExitCode=0:53", shown):  # slurmd's way to say that it could not open --output
-        return f"its node could not write {logs}; the run must be on a filesystem that all nodes share: RUNS="
+        return "failed", f"job {job}: its node could not write {logs}; the run must be on a filesystem that all nodes share: RUNS="
     if re.search(r"ExitCode=(?!0:0)", shown) and (logs / f"slurm-{job}.log").exists():
-        return f"{state.lower()}; {_last_words(logs / f'slurm-{job}.log')}"
-    return {"CANCELLED": "cancelled"}.get(state, f"cancelled, or a stage before it failed; or its node could not write {logs}")
+        return state.lower(), f"job {job} ended before its stage began: {_last_words(logs / f'slurm-{job}.log')}"
+    why = {"CANCELLED": "cancelled"}.get(state, f"cancelled, or a stage before it failed; or its node could not write {logs}")
+    return "cancelled", f"job {job} left the queue before it began: {why}"
 
 
 def _last_words(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     ours = [line for line in lines if line.startswith("error:")]  # srun's may come before it, and say less
-    said = ours or [line for line in lines if re.search("error:|unrecognized option", line)] or lines[-1:]
+    others = [line for line in lines if not re.match("srun: error: .* (task|tasks) ", line)]
+    said = ours or [line for line in others if re.search("error|FATAL|unrecognized option|not found", line)] or lines[-1:]
     return said[0] if said else str(log)
 
 

@@ -22,7 +22,8 @@ def site_problems() -> list[str]:
         return [f"{SITE}: {error.strerror}; restore it: git checkout {SITE}"]
     tried = ask("bash", "-c", f"set -eu; set -a; . {SITE}")
     if tried.returncode:
-        return [f"{SITE}: {tried.stderr.strip().replace(f'{SITE}: ', '').replace('bash: line 1: ', '')}; mend it"]
+        said = tried.stderr.strip().replace(f"{SITE}: ", "").replace("bash: line 1: ", "")
+        return [f"{SITE}: {said or 'a command in it ends with ' + str(tried.returncode)}; mend it"]
     site = read_site()
     runtime = site.get("RELAY_RUNTIME", "none")
     if runtime not in ("none", "pyxis", "apptainer"):
@@ -99,4 +100,4 @@ def ask(*words: str, env: dict[str, str] | None = None, timeout: float = 30) -> 
     except FileNotFoundError:
         return subprocess.CompletedProcess(words, 127, "", f"{words[0]}: not on PATH; is this a login node of the cluster?")
     except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(words, 124, "", f"{words[0]} timed out after {timeout:.0f} s")
+        return subprocess.CompletedProcess(words, 124, "", f"no answer in {timeout:.0f} s")

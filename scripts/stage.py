@@ -57,7 +57,7 @@ class Stage:
         path = rundir.from_fact(self.facts[fact]).resolve()
         if not path.exists():
             again = f"make clean RUN={self.run} STAGE={self.name}"
-            raise InputError(f"{fact}={path}: no longer there; put it back, or start the stage anew: {again}")
+            raise InputError(f"{fact}={path}: not there; put it back, or start the stage anew: {again}")
         return path
 
     @property
@@ -232,11 +232,11 @@ def run(main: Callable[[Stage], dict], rank: Callable | None = None) -> None:
         run_rank(Path(sys.argv[1]), rank)
         return
     stage = Stage(Path(sys.argv[1]))
+    if rundir.record(stage.directory):
+        print(f"{stage.name}: done already")  # a second job of it, or a requeue; no node may wait for another's call
+        sys.exit(DONE)
     if nodes.rank():
         nodes.follow(stage)
-    if rundir.record(stage.directory):
-        print(f"{stage.name}: done already")  # a second job of it that waited in a queue
-        sys.exit(DONE)
     try:
         stage.attempt = rundir.begin_attempt(stage.directory)
     except (InputError, OSError) as problem:

@@ -143,8 +143,8 @@ def plan(request: Request, stage: str, pending: tuple[str, ...] = ()) -> Submiss
         if request.args.get(stage):
             found.append("ARGS: data has no upstream tool to take them; DATA= names the source")
         facts["SOURCE"] = as_fact(Path(request.data)) if request.data else "python"
-        if request.data and not Path(request.data).exists():
-            found.append(f"DATA={request.data}: no such file or folder; give a .txt or .jsonl file, or a folder of them")
+        if request.data:
+            found += _source_problems(Path(request.data))
     elif stage in (*TRAINED, "evaluate"):
         facts["DATA"] = as_fact(prepared_data(request) or stage_dir(request.run, "data") / "sets")
     model = _input_model(request, stage, pending)
@@ -184,6 +184,15 @@ def prepared_data(request: Request) -> Path | None:
         if (path / "data.json").exists():
             return path
     return None
+
+
+def _source_problems(path: Path) -> list[str]:
+    """Whether DATA is something that the data stage reads."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    if path.exists() and any(file.suffix in (".txt", ".jsonl") for file in files):
+        return []
+    what = "nothing to read there" if path.exists() else "no such file or folder"
+    return [f"DATA={path}: {what}; give a .txt or .jsonl file, or a folder of them"]
 
 
 def _input_model(request: Request, stage: str, pending: tuple[str, ...]) -> Path | None:
@@ -233,7 +242,7 @@ def _check_service(request: Request, facts: dict[str, str], model: Path | None, 
     if not request.port.isdigit() or not 0 < int(request.port) < 65536:
         found.append(f"PORT={request.port}: give a number from 1 to 65535; for example PORT=8001")
     elif request.cluster == "local" and not request.dry_run and not rundir.running(stage_dir(request.run, "deploy")):
-        found += preflight.port_problems(request.bind, int(request.port))
+        found += preflight.port_problems(request.bind, int(request.port), patience=1)
     if request.api_key_file:
         facts["API_KEY_FILE"] = as_fact(Path(request.api_key_file))
         key = Path(request.api_key_file)

@@ -40,7 +40,7 @@ case $RELAY_RUNTIME in
     launch+=("--container-image=$RELAY_IMAGE" --container-writable "--container-mounts=$mounts" "--container-workdir=$PWD")
     launch+=("--container-env=$names") ;;
   apptainer)
-    [ -n "${DRY_RUN:-}" ] || command -v apptainer > /dev/null || refuse "$SLURMD_NODENAME: apptainer is not on PATH there"
+    [ -n "${DRY_RUN:-}" ] || command -v apptainer > /dev/null || refuse "$SLURMD_NODENAME: no apptainer on PATH; site.env may set PATH"
     for name in ${names//,/ }; do export "APPTAINERENV_$name=${!name}"; done
     launch+=(apptainer exec --nv --bind "$mounts" --pwd "$PWD" "$RELAY_IMAGE") ;;
   *) refuse "slurm/site.env: RELAY_RUNTIME=$RELAY_RUNTIME: unknown; known: none, pyxis, apptainer" ;;

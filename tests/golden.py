@@ -8,13 +8,12 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent / "golden"
 CASES = {
-    "local-pipeline.txt": ("pipeline", {"RUN": "demo"}),
+    "local-pipeline.txt": ("pipeline", {"RUN": "demo", "FORCE": "1", "PORT": "8001", "DEPLOY_ARGS": "--max-num-seqs 8"}),
     "local-pretrain-two-processes.txt": (
         "pretrain",
         {"RUN": "two", "GPUS": "2", "ARGS": "--training.steps 20 --job.description 'two words'"},
     ),
     "slurm-pipeline.txt": ("pipeline", {"RUN": "demo", "CLUSTER": "slurm", "NODES": "2", "GPUS": "8"}),
-    "local-deploy-forced.txt": ("deploy", {"RUN": "demo", "FORCE": "1", "PORT": "8001", "DEPLOY_ARGS": "--max-num-seqs 8"}),
 }
 
 

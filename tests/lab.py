@@ -189,6 +189,8 @@ def _free_ports(count: int) -> list[int]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[2] not in ("up", "down"):
+        sys.exit(__doc__)
     lab = Lab(Path(sys.argv[1]).resolve())
     {"up": lab.up, "down": lab.down}[sys.argv[2]]()
     if sys.argv[2] == "up":

@@ -43,9 +43,12 @@ from scripts.launch import claimed
         ("deploy", {"BIND": "0.0.0.0"}, ["BIND=0.0.0.0", "API_KEY_FILE", "openssl"]),
         ("deploy", {"API_KEY_FILE": "/no/key"}, ["API_KEY_FILE", "missing"]),
         ("status", {"RUN": "nothing"}, ["RUN=nothing", "no such run"]),
-        ("logs", {"RUN": "nothing"}, ["no logs yet"]),
+        ("logs", {"RUN": "nothing"}, ["no such run"]),
         ("clean", {"RUN": "nothing"}, ["nothing there"]),
-        ("lineage", {"RUN": "nothing"}, ["nothing to trace"]),
+        ("lineage", {"RUN": "nothing"}, ["no such run"]),
+        ("data", {"DATA": "README.md"}, ["DATA=README.md", "nothing to read", ".jsonl"]),
+        ("clean", {"RUN": "nothing", "DRY_RUN": "1"}, ["clean has no dry run", "make status"]),
+        ("align", {"DRY_RUN": "1"}, ["align needs a model", "FROM="]),
     ],
 )
 def test_bad_input_is_refused(runs, tmp_path, verb, options, words):
@@ -101,14 +104,14 @@ def test_a_pipeline_starts_from_FROM_and_then_follows_on(model):
     assert inputs == [str(model), "runs/x/pretrain/model", "runs/x/finetune/model", "runs/x/align/model", "runs/x/align/model"]
 
 
-def test_arguments_pass_through_make_intact():
+def test_arguments_pass_through_make_intact(runs):
     words = ["--a", "two words", "it's", 'say "hi"', "--b=c d"]
     quoted = """--a 'two words' "it's" 'say "hi"' '--b=c d'"""
-    env = {**os.environ, "DRY_RUN": "1"}
+    env = {**os.environ, "DRY_RUN": "1", "RUNS": str(runs)}
     result = subprocess.run(
         ["make", "-s", "pretrain", f"ARGS={quoted}"], cwd=ROOT, env=env, capture_output=True, text=True, check=True
     )
-    block = result.stdout.split("pretrain/args.json << 'EOF'\n")[1].split("EOF\n")[0]
+    block = result.stdout.split("pretrain/args.json' << 'EOF'\n")[1].split("EOF\n")[0]
     assert json.loads(block) == words
 
 
@@ -140,7 +143,9 @@ def test_a_run_with_other_settings_is_refused_once_it_has_something_to_lose(fine
     assert any("ARGS" in c and "epochs=3" in c for c in changed)
     (finetune.directory / "checkpoints").mkdir()
     options = {**finetune.options, "GPUS": "2"}
-    refused("finetune", "exists with other settings", "GPUS was 1, now 2", "make clean RUN=x STAGE=finetune", **options)
+    words = ["exists with other settings", "GPUS was 1, now 2", "make clean STAGE=finetune RUN=x"]
+    refused("finetune", *words, **options)
+    refused("finetune", *words, **options, DRY_RUN="1")
 
 
 def test_a_second_launch_of_a_running_stage_is_refused(finetune):

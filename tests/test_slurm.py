@@ -241,14 +241,20 @@ def test_the_pipeline_the_gate_and_a_service(lab):
 
 
 def test_what_a_dry_run_prints_works_pasted(lab):
-    """Without make and without the launcher's record: the chain is whole, and status finds a job by its attempt."""
+    """The chain is whole, make knows its jobs, and a job of it that is requeued when all is done ends at once, on both nodes."""
     short = {**PAIR, "PRETRAIN_ARGS": "--training.steps 20", "FINETUNE_ARGS": "max_steps_per_epoch=10", "FORCE": "1", "PORT": PORT}
     shown = launch("pipeline", RUN="pasted", **short, DRY_RUN="1").stdout
     assert not (rundir.runs_root() / "pasted").exists()
-    subprocess.run(["bash", "-e"], input="\n\n".join(shown.split("\n\n")[:3]), text=True, cwd=ROOT, check=True)
+    subprocess.run(["bash", "-e"], input="\n\n".join(shown.split("\n\n")[:4]), text=True, cwd=ROOT, check=True)
+    assert "finetune: submitted already" in launch("finetune", RUN="pasted", **PAIR, ARGS=short["FINETUNE_ARGS"]).stderr
     until(lambda: "finetune done" in status("pasted", "finetune"), 180)
     made = launch("finetune", RUN="pasted", **PAIR, ARGS=short["FINETUNE_ARGS"])
     assert "done already" in made.stdout, "make would have written the same"
+    number = job("pasted", "finetune")
+    until(lambda: lab.state(number) == "COMPLETED")
+    lab.ask("scontrol", "requeue", number)
+    start_again(number)
+    assert ended(lab, "pasted", "finetune", 30) == "COMPLETED"
 
 
 # --- lost nodes, time limits, faults ---
