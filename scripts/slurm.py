@@ -148,7 +148,7 @@ def look(run: str) -> dict[str, Job]:
         raise
     found = {}
     for stage, (cluster, job) in known.items():
-        directory = stage_dir(run, stage)
+        directory, cluster = stage_dir(run, stage), cluster or name
         if cluster != name:
             found[stage] = Job("slurm", job, "", f"job {job} of cluster {cluster}, this is {name}")
             continue
@@ -174,13 +174,14 @@ def attempts_of(directory: Path, job: str) -> list[dict]:
 
 
 def _job_of(directory: Path) -> tuple[str, str] | None:
-    """(cluster, job) of a stage: as submitted here, or as the job itself wrote it where sbatch was called by hand."""
+    """(cluster, job) of a stage: as submitted here ("" for the cluster where a dry run was pasted), or as the job itself
+    wrote it where sbatch was called by hand."""
     written = read_json(directory / "job.json") or {}
     last = (rundir.attempts(directory) or [{}])[-1]
     if last.get("job", "").count(":") == 1 and last["started"] > written.get("submitted", 0):
         cluster, job = last["job"].split(":")
         return cluster, job
-    return (written.get("name") or cluster_name(), written["job"]) if written.get("cluster") == "slurm" else None
+    return (written.get("name", ""), written["job"]) if written.get("cluster") == "slurm" else None
 
 
 def _queue(*jobs: str) -> dict[str, dict]:
@@ -231,7 +232,7 @@ def _last_words(log: Path) -> str:
 def stop(directory: Path, save: bool) -> None:
     """Take the stage's job from the queue; if it runs, ask it to save and leave, or end it, and wait until it has gone."""
     cluster, job = _job_of(directory)
-    name = f"{cluster}:{job}"
+    name = f"{cluster or cluster_name()}:{job}"
     row = _queue(job).get(job)
     if row is None:
         return
