@@ -9,6 +9,7 @@ only, Python 3.9 or newer: this runs on a login node with nothing installed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -48,7 +49,6 @@ def launch(request: Request, stage: str) -> int:
         time.sleep(0.5)  # another launch of it, whose launcher may be gone
         state = report.service_state(submission.directory)
     if state == "serving":
-        refuse_other_settings(submission)
         print(f"deploy: serving already; {report.one_line(submission.directory)}")
         return DONE
     if state == "silent":
@@ -87,8 +87,9 @@ def claimed(run: str, stage: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel's: it goes with this process, however that ends
         except BlockingIOError:
             free = False
-        except OSError:
-            pass  # a filesystem without locks: a second job of the stage will be refused when it begins
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise  # these say: a filesystem without locks; there a second job of the stage is refused when it begins
         job = look(run).get(stage)
         if not free or rundir.running(directory) or (job and job.active):
             raise InputError(f"{stage}: another make began it a moment ago; make status RUN={run}")
@@ -158,19 +159,24 @@ def status(request: Request) -> int:
 
 def show_dry_run(request: Request) -> None:
     """Print what would be written and started, for a shell in the repository to do the same; touch nothing."""
-    stages = stages_of(request)
-    submissions = [plan(request, stage, pending=tuple(stages[:number])) for number, stage in enumerate(stages)]
+    stages, jobs = stages_of(request), look(request.run)  # which asks no scheduler about a run without jobs
+    ahead = _ahead(request, stages[0], jobs)
+    submissions = [plan(request, stage, pending=(*ahead, *stages[:number])) for number, stage in enumerate(stages)]
     for submission in submissions:
         refuse_other_settings(submission)
     print("# what make would do, for a shell in the repository; all of it: … | bash -e\n")
-    shown: list[str] = []
+    after = list(ahead.values())[-1:]
     for submission in submissions:
+        stage, job = submission.stage, jobs.get(submission.stage)
         if record(submission.directory):
-            print(f"# {submission.stage}: done already\n")
-            continue
-        print(submission.as_shell())
-        print(CLUSTERS[request.cluster].show(submission, *shown[-1:]) + "\n")
-        shown.append(submission.stage)
+            print(f"# {stage}: done already\n")
+        elif job and job.active:
+            print(f"# {stage}: {job.note}\n")
+            after = [job.id]
+        else:
+            print(submission.as_shell())
+            print(CLUSTERS[request.cluster].show(submission, *after) + "\n")
+            after = [f"${stage}"]
 
 
 def stop(request: Request) -> int:

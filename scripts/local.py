@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from scripts import report, rundir
+from scripts import preflight, report, rundir
 from scripts.errors import DONE, InputError
 from scripts.process import die_with_parent
 
@@ -28,7 +28,7 @@ def look(run: str) -> dict:
 
 def problems(submission) -> list[str]:
     """What on this machine keeps a stage from running; none that the stage itself would not say."""
-    return [] if os.environ.get("DRY_RUN") else rundir.venv_problems()
+    return [] if os.environ.get("DRY_RUN") else preflight.venv_problems()
 
 
 def command(submission) -> tuple[dict[str, str], list[str]]:

@@ -1,11 +1,12 @@
 """What a stage will need of the machine, before it starts to work. Lower bounds, from the architecture alone:
 activations and caches come on top.
 
-Standard library only: the launcher asks about the disk and the port, the job about its own memory.
+Standard library only: the launcher asks about .venv, the disk and the port, the job about its own memory.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import socket
@@ -13,6 +14,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from scripts import rundir
 
 GB = 1e9
 
@@ -26,6 +29,12 @@ def parameters(config: Mapping[str, Any]) -> int:
     layer = attention + 3 * dim * config["intermediate_size"] + 2 * dim
     embeddings = config["vocab_size"] * dim * (1 if config.get("tie_word_embeddings") else 2)
     return embeddings + layers * layer + dim
+
+
+def venv_problems() -> list[str]:
+    """What keeps this user from running the repository's own Python."""
+    usable = os.access(rundir.ROOT / ".venv/bin/python", os.X_OK)
+    return [] if usable else [".venv: missing, or its Python is not yours to run; make setup"]
 
 
 def disk_problems(directory: Path, need: float, what: str) -> list[str]:

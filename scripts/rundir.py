@@ -41,12 +41,6 @@ def stage_dir(run: str, stage: str) -> Path:
     return runs_root() / run / stage
 
 
-def venv_problems() -> list[str]:
-    """What keeps this user from running the repository's own Python."""
-    usable = os.access(ROOT / ".venv/bin/python", os.X_OK)
-    return [] if usable else [".venv: missing, or its Python is not yours to run; make setup"]
-
-
 def check_run_name(run: str) -> list[str]:
     """What is wrong with a run's name. It becomes a job name and a DNS label, so both rules hold (RFC 1123)."""
     if re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?", run):

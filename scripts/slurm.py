@@ -99,7 +99,7 @@ def command_line(submission, after: str = "") -> str:
 def show(submission, after: str = "") -> str:
     """The line, its job's id in a variable for the stages after it; in comments what site.env and the shell add to it,
     and what slurm/run.sh will start on each node."""
-    line = command_line(submission, after and f"${after}")
+    line = command_line(submission, after)
     told = [f"{k}={shlex.quote(v)}" for k, v in sorted(read_site().items()) if v and re.match("(SBATCH|RELAY|NCCL|GLOO|FI)_", k)]
     started = ask("bash", "slurm/run.sh", relative(submission.directory), env={**os.environ, "DRY_RUN": "1"})
     # So that make finds the job while it waits; ":?": a script ends where sbatch refused.
@@ -221,7 +221,7 @@ def _why_gone(directory: Path, job: str) -> tuple[str, str]:
 def _last_words(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     ours = [line for line in lines if line.startswith("error:")]  # srun's may come before it, and say less
-    others = [line for line in lines if not re.match("srun: error: .* (task|tasks) ", line)]
+    others = [line for line in lines if not re.match("srun: error: .* tasks? ", line)]
     said = ours or [line for line in others if re.search("error|FATAL|unrecognized option|not found", line)] or lines[-1:]
     return said[0] if said else str(log)
 

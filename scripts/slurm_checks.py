@@ -9,7 +9,8 @@ import re
 import subprocess
 from pathlib import Path
 
-from scripts.rundir import ROOT, venv_problems
+from scripts.preflight import venv_problems
+from scripts.rundir import ROOT
 
 SITE = "slurm/site.env"
 

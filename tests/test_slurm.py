@@ -247,6 +247,9 @@ def test_what_a_dry_run_prints_works_pasted(lab):
     assert not (rundir.runs_root() / "pasted").exists()
     subprocess.run(["bash", "-e"], input="\n\n".join(shown.split("\n\n")[:4]), text=True, cwd=ROOT, check=True)
     assert "finetune: submitted already" in launch("finetune", RUN="pasted", **PAIR, ARGS=short["FINETUNE_ARGS"]).stderr
+    rest = launch("pipeline", RUN="pasted", **short, DRY_RUN="1").stdout
+    assert f"# finetune: job {job('pasted', 'finetune')} waits for pretrain" in rest, "it shows what make would add"
+    assert f"--dependency=afterok:{job('pasted', 'finetune')} " in rest
     until(lambda: "finetune done" in status("pasted", "finetune"), 180)
     made = launch("finetune", RUN="pasted", **PAIR, ARGS=short["FINETUNE_ARGS"])
     assert "done already" in made.stdout, "make would have written the same"
