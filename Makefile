@@ -8,7 +8,6 @@ CLUSTER ?= local
 export RUN MODEL CLUSTER NODES GPUS FROM DATA ARGS STAGE DRY_RUN FORCE BIND PORT API_KEY_FILE PROMPT RUNS
 export PRETRAIN_ARGS FINETUNE_ARGS ALIGN_ARGS EVALUATE_ARGS DEPLOY_ARGS
 
-LAUNCHER = launch submission local slurm slurm_checks report rundir modeldir preflight errors chat stage nodes process progress
 LAUNCH := $(PYTHON) -m scripts.launch
 VENV    = $(if $(or $(DRY_RUN),$(filter-out local,$(CLUSTER))),,.venv/installed)
 
@@ -48,7 +47,7 @@ evaluate: $(VENV) ## Scores and the verdict that deploy asks for, with lm-eval
 deploy: $(VENV) ## Serve the model with vLLM's OpenAI API, in the background
 	@$(LAUNCH) $@
 chat: ## Talk to the served model; PROMPT="…" asks once
-	@$(PYTHON) -m scripts.chat
+	@$(PYTHON) -m scripts.launcher.chat
 undeploy: ## Stop serving
 	@$(LAUNCH) $@
 
@@ -80,7 +79,7 @@ lint: .venv/installed ## ruff, shellcheck, vermin, sbatch headers
 	@.venv/bin/python -m ruff check . && .venv/bin/python -m ruff format --check .
 	@.venv/bin/shellcheck -x requirements/*.sh .ci/run slurm/*.sh slurm/*.sbatch
 	@bash slurm/lint.sh
-	@.venv/bin/vermin -q --no-tips --violations -t=3.9- $(addprefix scripts/,$(addsuffix .py,$(LAUNCHER)))
+	@.venv/bin/vermin -q --no-tips --violations -t=3.9- scripts/launch.py scripts/run scripts/clusters scripts/launcher
 lock: ## Resolve requirements/*.in anew into *.lock
 	@sh requirements/lock.sh
 golden: ## Write tests/golden/ anew from DRY_RUN=1

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from scripts import rundir
+from scripts.run import layout
 from tests.stats import loss_curve, mcnemar_p, mean_and_error, metric, paired_t
 
 TASKS = "--tasks relay_text,relay_choice,relay_choice_shuffled,relay_preference"
@@ -19,15 +19,15 @@ TASKS = "--tasks relay_text,relay_choice,relay_choice_shuffled,relay_preference"
 
 def make(target: str, run: str, **options: str) -> None:
     """One make target; its output is not shown unless it fails."""
-    options = {"DATA": str(rundir.stage_dir("demo", "data")), **options}
+    options = {"DATA": str(layout.stage_dir("demo", "data")), **options}
     words = ["make", "-s", target, f"RUN={run}", *(f"{k}={v}" for k, v in options.items())]
-    subprocess.run(words, cwd=rundir.ROOT, check=True, stdout=subprocess.DEVNULL, env={**os.environ})
+    subprocess.run(words, cwd=layout.ROOT, check=True, stdout=subprocess.DEVNULL, env={**os.environ})
 
 
 def evaluate(run: str, model: Path) -> dict:
     """Per-item outcomes and bits per byte of one model on every task."""
     make("evaluate", run, FROM=str(model), ARGS=TASKS)
-    evaluation = rundir.stage_dir(run, "evaluate")
+    evaluation = layout.stage_dir(run, "evaluate")
     return {
         "bits": json.loads((evaluation / "verdict.json").read_text())["scores"]["relay_text/bits_per_byte"],
         "choice": metric(evaluation, "relay_choice", "acc_mutual_info"),
@@ -44,8 +44,8 @@ def seed_rows(seed: str) -> list[str]:
     make("pretrain", run, ARGS=f"--debug.seed {seed}")
     make("finetune", run, ARGS=f"seed={seed}")
     make("align", run, ARGS=f"seed={seed}")
-    models = {"untrained": rundir.stage_dir(f"{run}-untrained", "pretrain") / "model"}
-    models |= {stage: rundir.stage_dir(run, stage) / "model" for stage in rundir.TRAINED}
+    models = {"untrained": layout.stage_dir(f"{run}-untrained", "pretrain") / "model"}
+    models |= {stage: layout.stage_dir(run, stage) / "model" for stage in layout.TRAINED}
     found = {name: evaluate(f"{run}-after-{name}", model) for name, model in models.items()}
     rows = []
     for name, values in found.items():
@@ -70,7 +70,7 @@ def picture(seeds: list[str], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "demo"  # the same curves give the same file
     figure, axes = plt.subplots(figsize=(6, 3.2))
     for seed in seeds:
-        points = loss_curve(rundir.stage_dir(f"seed-{seed}", "pretrain") / "metrics")
+        points = loss_curve(layout.stage_dir(f"seed-{seed}", "pretrain") / "metrics")
         axes.plot(*zip(*points), label=f"seed {seed}", linewidth=1)
     axes.set(xlabel="step", ylabel="loss, nats per token", title="Pretraining")
     axes.legend()
@@ -84,4 +84,4 @@ if __name__ == "__main__":
     print("|---|---|---|---|---|---|---|---|")
     for seed in seeds:
         print("\n".join(seed_rows(seed)), flush=True)
-    picture(seeds, rundir.ROOT / "docs" / "demo-loss.svg")
+    picture(seeds, layout.ROOT / "docs" / "demo-loss.svg")

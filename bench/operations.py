@@ -19,16 +19,16 @@ import time
 import urllib.request
 from pathlib import Path
 
-from scripts import rundir
-from scripts.rank import Rank
+from scripts.job.rank import Rank
+from scripts.run import attempts, files, layout
 from tests.stats import step_times
 
-DEMO = rundir.runs_root() / "demo"
+DEMO = layout.runs_root() / "demo"
 ROUNDS = int(os.environ.get("ROUNDS", "2"))
 SET = {"finetune": "sft.jsonl", "align": "preference.jsonl"}
 
 
-def quiet(words: list[str], env: dict[str, str] | None = None, cwd: Path = rundir.ROOT) -> float:
+def quiet(words: list[str], env: dict[str, str] | None = None, cwd: Path = layout.ROOT) -> float:
     """Seconds that a command took; its output is shown only if it fails."""
     began = time.monotonic()
     done = subprocess.run(words, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True)
@@ -39,7 +39,7 @@ def quiet(words: list[str], env: dict[str, str] | None = None, cwd: Path = rundi
 
 def options(stage: str) -> list[str]:
     """How to run a stage of the demo again, in a run of its own."""
-    facts = rundir.read_env(DEMO / stage / "stage.env")
+    facts = files.read_env(DEMO / stage / "stage.env")
     source = [f"FROM={facts['FROM']}"] if "FROM" in facts else []
     return [f"DATA={DEMO / 'data'}", *source]
 
@@ -47,22 +47,22 @@ def options(stage: str) -> list[str]:
 def work_seconds(stage: str) -> float:
     """Seconds of a stage's own work: the steps of a training, lm-eval's evaluation after its imports, all of data's."""
     directory = DEMO / stage
-    if stage in rundir.TRAINED:
+    if stage in layout.TRAINED:
         steps = step_times(directory / "metrics")
         return (steps[-1][1] - steps[0][1]) * steps[-1][0] / (steps[-1][0] - steps[0][0])
     if stage == "evaluate":
         results = json.loads(next(directory.rglob("results_*.json")).read_text())
         return float(results["total_evaluation_time_seconds"])
-    return rundir.attempts(directory)[-1]["seconds"] if stage == "data" else 0.0
+    return attempts.history(directory)[-1]["seconds"] if stage == "data" else 0.0
 
 
 def demo() -> None:
     """Work and all else, for each stage of the finished demo."""
     print("| stage | seconds | of it work | start-up and glue |\n|---|---|---|---|")
     walls, works = [], []
-    for stage in rundir.STAGES:
+    for stage in layout.STAGES:
         wall = json.loads((DEMO / stage / "server.json").read_text())["ready_seconds"] if stage == "deploy" else None
-        walls.append(wall or rundir.attempts(DEMO / stage)[-1]["seconds"])
+        walls.append(wall or attempts.history(DEMO / stage)[-1]["seconds"])
         works.append(work_seconds(stage))
         print(f"| {stage} | {walls[-1]:.0f} | {works[-1]:.0f} | {1 - works[-1] / walls[-1]:.0%} |")
     print(f"| all | {sum(walls):.0f} | {sum(works):.0f} | {1 - sum(works) / sum(walls):.0%} |")
@@ -72,12 +72,12 @@ BARE_PRETRAIN = """
 import sys
 from pathlib import Path
 directory = Path(sys.argv.pop(1))  # before torchtitan is imported, which reads the arguments then
-from scripts import compat
-compat.torchtitan_on_cpu()
-compat.checkpoints_without_collectives()
-from scripts import titan
-from scripts.rank import Rank
-titan._register(Rank(directory))
+from scripts.tools import patches
+patches.torchtitan_on_cpu()
+patches.checkpoints_without_collectives()
+from scripts.tools import torchtitan
+from scripts.job.rank import Rank
+torchtitan._register(Rank(directory))
 from torchtitan.train import Trainer, main
 main(Trainer)
 """
@@ -88,19 +88,19 @@ def bare_command(stage: str, folder: Path) -> tuple[list[str], dict[str, str], P
     os.environ["RELAY_ATTEMPT"] = "1"
     rank, python = Rank(DEMO / stage), sys.executable
     one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    one |= {"PYTHONPATH": str(rundir.ROOT), "HF_HUB_OFFLINE": "1"}
+    one |= {"PYTHONPATH": str(layout.ROOT), "HF_HUB_OFFLINE": "1"}
     if stage == "pretrain":
-        from scripts.titan import overrides
+        from scripts.tools.torchtitan import overrides
 
         words = [python, "-c", BARE_PRETRAIN, str(rank.directory), "--job.config_file", str(rank.config), *overrides(rank)]
-        return [*words, "--job.dump_folder", str(folder)], one, rundir.ROOT
+        return [*words, "--job.dump_folder", str(folder)], one, layout.ROOT
     if stage == "evaluate":
         words = [python, "-m", "lm_eval", "run", "--config", str(rank.config), "--include_path", str(rank.directory / "tasks")]
         words += ["--model_args", f"pretrained={rank.path('FROM')},dtype=float32", "--output_path", str(folder), "--log_samples"]
         return words, {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}, rank.path("DATA")
     from omegaconf import OmegaConf
 
-    from scripts.tune import OWN_KEYS, find_recipe, load_config
+    from scripts.tools.torchtune import OWN_KEYS, find_recipe, load_config
 
     config = load_config(rank, SET[stage])
     recipe = sys.modules[find_recipe(config.recipe, 1).__module__].__file__
@@ -109,19 +109,19 @@ def bare_command(stage: str, folder: Path) -> tuple[list[str], dict[str, str], P
     config.output_dir = config.checkpointer.output_dir = str(folder / "out")
     config.metric_logger.log_dir = str(folder / "metrics")
     OmegaConf.save(config, folder / "config.yaml")
-    return [python, str(recipe), "--config", str(folder / "config.yaml")], one, rundir.ROOT
+    return [python, str(recipe), "--config", str(folder / "config.yaml")], one, layout.ROOT
 
 
 def overhead() -> None:
     """A stage through make against its upstream tool alone, by turns, ROUNDS times; medians."""
     print("| stage | through make, s | bare upstream, s | ratio |\n|---|---|---|---|")
-    for stage in (*rundir.TRAINED, "evaluate"):
+    for stage in (*layout.TRAINED, "evaluate"):
         ours, bare = [], []
         for _ in range(ROUNDS):
             with tempfile.TemporaryDirectory() as folder:
                 words, env, cwd = bare_command(stage, Path(folder))
                 bare.append(quiet(words, env, cwd))
-            shutil.rmtree(rundir.runs_root() / "bench", ignore_errors=True)
+            shutil.rmtree(layout.runs_root() / "bench", ignore_errors=True)
             ours.append(quiet(["make", "-s", stage, "RUN=bench", *options(stage)]))
         a, b = statistics.median(ours), statistics.median(bare)
         print(f"| {stage} | {a:.1f} | {b:.1f} | {a / b:.2f} |", flush=True)
@@ -138,13 +138,13 @@ def saves() -> None:
     """What a save adds to the five steps after it, against the same steps of runs that save nothing before their end: by
     turns, ROUNDS times; medians. Its staging falls into the next step, the write behind into some more."""
     print("| stage | step, ms | added by a save, ms | ratio |\n|---|---|---|---|")
-    for stage in rundir.TRAINED:
+    for stage in layout.TRAINED:
         took: dict[str, list] = {"20": [], "1000": []}
         for interval in [*took] * ROUNDS:
-            shutil.rmtree(rundir.runs_root() / "bench", ignore_errors=True)
+            shutil.rmtree(layout.runs_root() / "bench", ignore_errors=True)
             arguments = ARGS[stage].replace("interval 20", f"interval {interval}").replace("steps=20", f"steps={interval}")
             quiet(["make", "-s", stage, "RUN=bench", *options(stage), f"ARGS={arguments}"])
-            times = dict(step_times(rundir.stage_dir("bench", stage) / "metrics"))
+            times = dict(step_times(layout.stage_dir("bench", stage) / "metrics"))
             took[interval] += [times[n + 5] - times[n] for n in (20, 40, 60)]
         saving, plain = (statistics.median(five) for five in took.values())
         added, ordinary = saving - plain, plain / 5
@@ -155,27 +155,27 @@ def restart() -> None:
     """From kill -9 of the stage, at about step 45 with a save each 20, to its first step and to the next new one, against a
     plain start to its first step."""
     print("| stage | start to first step, s | kill to first step, s | to next new step, s | ratio |\n|---|---|---|---|---|")
-    for stage in rundir.TRAINED:
-        shutil.rmtree(rundir.runs_root() / "bench", ignore_errors=True)
-        directory, words = rundir.stage_dir("bench", stage), ["make", "-s", stage, "RUN=bench", *options(stage)]
+    for stage in layout.TRAINED:
+        shutil.rmtree(layout.runs_root() / "bench", ignore_errors=True)
+        directory, words = layout.stage_dir("bench", stage), ["make", "-s", stage, "RUN=bench", *options(stage)]
         words += [f"ARGS={ARGS[stage]}"]
 
         def until_step(step: int, directory: Path = directory) -> int:
             while True:
-                found = (rundir.read_json(directory / "progress.json") or {}).get("step", 0)
+                found = (files.read_json(directory / "progress.json") or {}).get("step", 0)
                 if found >= step:
                     return found
                 time.sleep(0.02)
 
         began = time.monotonic()
-        make = subprocess.Popen(words, cwd=rundir.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        make = subprocess.Popen(words, cwd=layout.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         until_step(1)
         plain = time.monotonic() - began
         reached = until_step(45)
         killed = time.monotonic()
-        os.kill(rundir.running(directory)["pid"], signal.SIGKILL)
+        os.kill(attempts.running(directory)["pid"], signal.SIGKILL)
         make.wait()
-        make = subprocess.Popen(words, cwd=rundir.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        make = subprocess.Popen(words, cwd=layout.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         (directory / "progress.json").unlink(missing_ok=True)
         until_step(41)
         first = time.monotonic() - killed
@@ -214,7 +214,7 @@ def slurm() -> None:
     from tests.lab import Lab
 
     os.environ["OMP_NUM_THREADS"] = "1"
-    runs = {name: rundir.runs_root() / f"bench-{name}" for name in ("local", "slurm")}
+    runs = {name: layout.runs_root() / f"bench-{name}" for name in ("local", "slurm")}
     for directory in runs.values():
         shutil.rmtree(directory, ignore_errors=True)
     ready = {}
@@ -235,8 +235,8 @@ def slurm() -> None:
             lab.down()
     print("| stage | local, s | Slurm, s | ratio | gap before it, s |\n|---|---|---|---|---|")
     sums, gaps, free = [0.0, 0.0], 0.0, json.loads((runs["slurm"] / "data/job.json").read_text())["submitted"]
-    for stage in rundir.STAGES:
-        here, there = (rundir.attempts(directory / stage)[-1] for directory in runs.values())
+    for stage in layout.STAGES:
+        here, there = (attempts.history(directory / stage)[-1] for directory in runs.values())
         pair = [here["seconds"], there["seconds"]]
         if stage == "deploy":
             pair = list(ready.values())
@@ -253,4 +253,4 @@ if __name__ == "__main__":
     for name in sys.argv[1:]:
         print(f"\n{tables[name].__doc__}\n")
         tables[name]()
-    shutil.rmtree(rundir.runs_root() / "bench", ignore_errors=True)
+    shutil.rmtree(layout.runs_root() / "bench", ignore_errors=True)

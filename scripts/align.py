@@ -3,8 +3,8 @@
 python -m scripts.align runs/<run>/align
 """
 
-from scripts import tune
-from scripts.stage import run
+from scripts.job.stage import run
+from scripts.tools import torchtune
 
 if __name__ == "__main__":
-    run(tune.main, lambda stage: tune.train(stage, "preference.jsonl"))
+    run(torchtune.main, lambda stage: torchtune.train(stage, "preference.jsonl"))

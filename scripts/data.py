@@ -8,12 +8,12 @@ import json
 import os
 import sys
 
-from scripts import rundir
-from scripts.architecture import read_architecture
-from scripts.corpus import Corpus, python_documentation, user_files
-from scripts.splits import split
-from scripts.stage import Stage, run
-from scripts.tokenizer import tokenize
+from scripts.corpus.sources import Corpus, python_documentation, user_files
+from scripts.corpus.splits import split
+from scripts.corpus.tokenizer import tokenize
+from scripts.job.stage import Stage, run
+from scripts.run import digests, files
+from scripts.tools.architecture import read_architecture
 
 
 def main(stage: Stage) -> dict:
@@ -36,11 +36,11 @@ def main(stage: Stage) -> dict:
         "sample": min(questions, key=len),
         **tokenize(splits.sets, read_architecture(stage.directory / "architecture.json"), sets / "tokenizer"),
     }
-    rundir.write_atomic(sets / "data.json", rundir.dump_json(manifest))
+    files.write_atomic(sets / "data.json", files.dump_json(manifest))
     final = stage.scratch("sets")
     os.replace(sets, final)
-    inputs = {} if source == "python" else {"source": rundir.describe(stage.path("SOURCE"))}
-    return {"inputs": inputs, "outputs": {"sets": rundir.describe(final)}, "summary": manifest}
+    inputs = {} if source == "python" else {"source": digests.describe(stage.path("SOURCE"))}
+    return {"inputs": inputs, "outputs": {"sets": digests.describe(final)}, "summary": manifest}
 
 
 def digest(corpus: Corpus) -> str:

@@ -5,10 +5,12 @@ python -m scripts.deploy runs/<run>/deploy
 
 import threading
 
-from scripts import modeldir, preflight, report, rundir, service
-from scripts.errors import InputError
-from scripts.process import die_with_parent
-from scripts.stage import Stage, run
+from scripts.job.stage import Stage, run
+from scripts.launcher import report
+from scripts.run import digests, modeldir, preflight
+from scripts.run.errors import InputError
+from scripts.run.processes import die_with_parent
+from scripts.tools import vllm
 
 
 def main(stage: Stage) -> dict:
@@ -22,9 +24,9 @@ def main(stage: Stage) -> dict:
         raise InputError(found)
     address = stage.directory / "server.json"
     address.unlink(missing_ok=True)
-    threading.Thread(target=service.announce, args=(stage, address, rundir.describe(model)), daemon=True).start()
+    threading.Thread(target=vllm.announce, args=(stage, address, digests.describe(model)), daemon=True).start()
     try:
-        stage.ranks({**service.environment(), "VLLM_API_KEY": service.api_key(stage)})
+        stage.ranks({**vllm.environment(), "VLLM_API_KEY": vllm.api_key(stage)})
     finally:
         address.unlink(missing_ok=True)
     raise RuntimeError(f"vLLM ended by itself; its words: {stage.log}")
@@ -33,4 +35,4 @@ def main(stage: Stage) -> dict:
 if __name__ == "__mp_main__":  # where vLLM spawns its engine: multiprocessing imports this file again there
     die_with_parent()
 if __name__ == "__main__":
-    run(main, service.serve)
+    run(main, vllm.serve)

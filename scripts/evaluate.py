@@ -7,10 +7,11 @@ import json
 import os
 import sys
 
-from scripts import modeldir, preflight, report, rundir
-from scripts.configcheck import against_dataclass
-from scripts.errors import InputError
-from scripts.stage import Stage, run
+from scripts.job.stage import Stage, run
+from scripts.launcher import report
+from scripts.run import digests, files, modeldir, preflight
+from scripts.run.errors import InputError
+from scripts.tools.config_check import against_dataclass
 
 
 def main(stage: Stage) -> dict:
@@ -23,12 +24,12 @@ def main(stage: Stage) -> dict:
     # The tasks name their files relative to the data directory, so one task serves every run.
     stage.ranks({"HF_DATASETS_CACHE": str(stage.scratch("cache")), "RELAY_RESULTS": str(results)}, cwd=data)
     verdict = report.judge(next(results.rglob("results_*.json")), stage.directory / "floors.json")
-    model = rundir.describe(source)
+    model = digests.describe(source)
     content = {"model": model, "arguments": stage.arguments, **verdict}
-    rundir.write_atomic(stage.directory / "verdict.json", rundir.dump_json(content))
+    files.write_atomic(stage.directory / "verdict.json", files.dump_json(content))
     stage.scratch("cache")
     return {
-        "inputs": {"model": model, "data": rundir.describe(data)},
+        "inputs": {"model": model, "data": digests.describe(data)},
         "outputs": {"verdict": verdict},
         "summary": {"scores": {row["metric"]: row["value"] for row in verdict["floors"] if row["value"] is not None}},
     }
@@ -36,10 +37,10 @@ def main(stage: Stage) -> dict:
 
 def rank(stage: Stage) -> None:
     """lm-eval's own command line; its config checked first."""
-    from scripts import compat
+    from scripts.tools import patches
 
     config = stage.read_yaml()
-    compat.lm_eval_without_bundled_tasks(config.get("tasks"), stage.directory / "tasks")
+    patches.lm_eval_without_bundled_tasks(config.get("tasks"), stage.directory / "tasks")
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.config.evaluate_config import EvaluatorConfig
 

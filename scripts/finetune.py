@@ -3,8 +3,8 @@
 python -m scripts.finetune runs/<run>/finetune
 """
 
-from scripts import tune
-from scripts.stage import run
+from scripts.job.stage import run
+from scripts.tools import torchtune
 
 if __name__ == "__main__":
-    run(tune.main, lambda stage: tune.train(stage, "sft.jsonl"))
+    run(torchtune.main, lambda stage: torchtune.train(stage, "sft.jsonl"))

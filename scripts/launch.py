@@ -17,10 +17,11 @@ import sys
 import time
 from collections.abc import Iterator
 
-from scripts import report, rundir
-from scripts.errors import DONE, WRONG_INPUT, InputError
-from scripts.rundir import STAGES, TRAINED, record, relative, stage_dir
-from scripts.submission import CLUSTERS, Request, Submission, differences, folder_names, plan, prepared_data, read_request
+from scripts.launcher import report
+from scripts.launcher.submission import CLUSTERS, Request, Submission, differences, folder_names, plan, prepared_data, read_request
+from scripts.run import attempts, files, layout
+from scripts.run.errors import DONE, WRONG_INPUT, InputError
+from scripts.run.layout import STAGES, TRAINED, record, relative, stage_dir
 
 
 def launch(request: Request, stage: str) -> int:
@@ -39,7 +40,7 @@ def launch(request: Request, stage: str) -> int:
     if record(submission.directory):
         print(f"{stage}: done already; {report.one_line(submission.directory)}")
         return DONE
-    job, state = jobs.get(stage), "running" if rundir.running(submission.directory) else ""
+    job, state = jobs.get(stage), "running" if attempts.running(submission.directory) else ""
     if stage == "deploy":
         state = report.service_state(submission.directory)
     if job and job.active and state not in ("serving", "silent"):
@@ -55,7 +56,7 @@ def launch(request: Request, stage: str) -> int:
         print("deploy: the service does not answer any more; starting it anew", flush=True)
         _cluster_of(stage, jobs).stop(submission.directory, save=False)
     elif state:
-        raise InputError(rundir.already_running(submission.directory, rundir.running(submission.directory)))
+        raise InputError(attempts.already_running(submission.directory, attempts.running(submission.directory)))
     with claimed(request.run, stage):
         (submission.directory / "job.json").unlink(missing_ok=True)  # an earlier job's, which is over
         after = list(ahead.values())[-1:]  # which has the others ahead of itself
@@ -67,7 +68,7 @@ def refuse_other_settings(submission: Submission) -> None:
     """Raises InputError if the stage has something to lose that was made or serves with other settings; where it has not, a
     mended ARGS may simply try again."""
     directory, run, stage = submission.directory, submission.directory.parent.name, submission.stage
-    kept = record(directory) or (directory / "checkpoints").exists() or (stage == "deploy" and rundir.running(directory))
+    kept = record(directory) or (directory / "checkpoints").exists() or (stage == "deploy" and attempts.running(directory))
     changed = differences(submission) if kept else []
     if changed:
         mend = "end it: make undeploy" if stage == "deploy" else "remove this stage and what it made: make clean STAGE=" + stage
@@ -91,17 +92,17 @@ def claimed(run: str, stage: str) -> Iterator[None]:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise  # these say: a filesystem without locks; there a second job of the stage is refused when it begins
         job = look(run).get(stage)
-        if not free or rundir.running(directory) or (job and job.active):
+        if not free or attempts.running(directory) or (job and job.active):
             raise InputError(f"{stage}: another make began it a moment ago; make status RUN={run}")
         yield
 
 
-def look(run: str) -> dict[str, rundir.Job]:
+def look(run: str) -> dict[str, layout.Job]:
     """What the schedulers say of a run's stages. Raises InputError if one that has a job of it does not answer."""
     return {stage: job for cluster in CLUSTERS.values() for stage, job in cluster.look(run).items()}
 
 
-def _ahead(request: Request, stage: str, jobs: dict[str, rundir.Job]) -> dict[str, str]:
+def _ahead(request: Request, stage: str, jobs: dict[str, layout.Job]) -> dict[str, str]:
     """{stage: job} of what is under way before this stage on the same cluster."""
     before = STAGES[: STAGES.index(stage)]
     return {s: jobs[s].id for s in before if s in jobs and jobs[s].active and jobs[s].cluster == request.cluster}
@@ -112,7 +113,7 @@ def write(submission: Submission, submitted: str) -> None:
     for name, text in {**submission.files, "submitted.txt": submitted + "\n"}.items():
         path = submission.directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        rundir.write_atomic(path, text)
+        files.write_atomic(path, text)
 
 
 def stages_of(request: Request) -> list[str]:
@@ -199,19 +200,19 @@ def stop(request: Request) -> int:
     return DONE
 
 
-def _under_way(run: str, jobs: dict[str, rundir.Job]) -> list[str]:
-    return [s for s in STAGES if rundir.running(stage_dir(run, s)) or (s in jobs and jobs[s].active)]
+def _under_way(run: str, jobs: dict[str, layout.Job]) -> list[str]:
+    return [s for s in STAGES if attempts.running(stage_dir(run, s)) or (s in jobs and jobs[s].active)]
 
 
-def _cluster_of(stage: str, jobs: dict[str, rundir.Job]):
+def _cluster_of(stage: str, jobs: dict[str, layout.Job]):
     return CLUSTERS[jobs[stage].cluster if stage in jobs and jobs[stage].active else "local"]
 
 
 def clean(request: Request) -> int:
     """Remove a run, or one stage of it; refuses while it runs."""
-    target = stage_dir(request.run, request.stage) if request.stage else rundir.runs_root() / request.run
+    target = stage_dir(request.run, request.stage) if request.stage else layout.runs_root() / request.run
     if not target.exists():
-        raise InputError(f"{target}: nothing there; runs: {', '.join(sorted(folder_names(rundir.runs_root()))) or 'none'}")
+        raise InputError(f"{target}: nothing there; runs: {', '.join(sorted(folder_names(layout.runs_root()))) or 'none'}")
     busy = [s for s in _under_way(request.run, look(request.run)) if request.stage in ("", s)]
     if busy:
         raise InputError(f"run {request.run} is running or queued ({', '.join(busy)}); first make stop RUN={request.run}")
@@ -254,7 +255,7 @@ def main(arguments: list[str]) -> int:
     except OSError as error:  # no permission, a read-only or a full disk, a file in the way
         if error.filename is None:
             raise
-        found = [f"{error.filename}: {error.strerror}; runs go under {rundir.runs_root()}, choose another place with RUNS="]
+        found = [f"{error.filename}: {error.strerror}; runs go under {layout.runs_root()}, choose another place with RUNS="]
     for problem in found:
         print(f"error: {problem}", file=sys.stderr)
     return WRONG_INPUT

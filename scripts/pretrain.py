@@ -6,10 +6,10 @@ python -m scripts.pretrain runs/<run>/pretrain
 import shutil
 from pathlib import Path
 
-from scripts import rundir
-from scripts.errors import InputError
-from scripts.modeldir import hand_over, tokenizer_problems
-from scripts.stage import Stage, run
+from scripts.job.stage import Stage, run
+from scripts.run import digests
+from scripts.run.errors import InputError
+from scripts.run.modeldir import hand_over, tokenizer_problems
 
 
 def main(stage: Stage) -> dict:
@@ -19,7 +19,7 @@ def main(stage: Stage) -> dict:
     stage.ranks()
     model = hand_over(export, assets, stage.directory / "model")
     return {
-        "inputs": {"data": rundir.describe(stage.path("DATA")), "assets": rundir.describe(assets)},
+        "inputs": {"data": digests.describe(stage.path("DATA")), "assets": digests.describe(assets)},
         "outputs": {"model": model},
         "summary": stage.progress,
     }
@@ -38,7 +38,7 @@ def compose_assets(stage: Stage) -> Path:
 
 def rank(stage: Stage) -> None:
     """One rank: torchtitan's own configuration and trainer."""
-    from scripts.titan import train
+    from scripts.tools.torchtitan import train
 
     train(stage)
 

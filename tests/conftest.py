@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from scripts import modeldir, rundir
+from scripts.run import layout, modeldir
 
-ROOT = rundir.ROOT
+ROOT = layout.ROOT
 os.environ.pop("PYTHONUNBUFFERED", None)  # as in a user's shell: a stage must not depend on it
 
 

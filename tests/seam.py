@@ -2,7 +2,7 @@
 
 import torch
 
-from scripts import compat
+from scripts.tools import patches
 
 
 def transformers_logits(directory, ids):
@@ -14,12 +14,12 @@ def transformers_logits(directory, ids):
 
 
 def torchtitan_logits(directory, ids):
-    compat.torchtitan_on_cpu()
+    patches.torchtitan_on_cpu()
     from safetensors.torch import load_file
     from torchtitan.models.llama3.model.model import Transformer
     from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 
-    from scripts.architecture import torchtitan_model_args
+    from scripts.tools.architecture import torchtitan_model_args
 
     arguments = torchtitan_model_args(directory / "config.json")
     model = Transformer(arguments).eval()
@@ -32,8 +32,8 @@ def torchtitan_logits(directory, ids):
 def torchtune_logits(directory, ids):
     from torchtune.training import MODEL_KEY, FullModelHFCheckpointer
 
-    from scripts.architecture import torchtune_model
-    from scripts.modeldir import weight_files
+    from scripts.run.modeldir import weight_files
+    from scripts.tools.architecture import torchtune_model
 
     checkpointer = FullModelHFCheckpointer(
         checkpoint_dir=str(directory),

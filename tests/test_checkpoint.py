@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from scripts import checkpoint
-from scripts.errors import InputError
+from scripts.run.errors import InputError
+from scripts.tools import checkpoints
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def folder(tmp_path):
 
 def newest(folder):
     said = []
-    return checkpoint.newest_whole(folder, said.append), said
+    return checkpoints.newest_whole(folder, said.append), said
 
 
 def cut(step):
@@ -33,7 +33,7 @@ def cut(step):
 
 def test_the_newest_whole_step_is_taken(folder):
     assert newest(folder) == (30, [])
-    assert checkpoint.steps(folder) == [30, 20, 10]
+    assert checkpoints.steps(folder) == [30, 20, 10]
 
 
 def test_a_save_that_was_cut_short_is_removed(folder):
@@ -41,7 +41,7 @@ def test_a_save_that_was_cut_short_is_removed(folder):
     step, said = newest(folder)
     assert step == 20
     assert "step-30 was cut short" in said[0]
-    assert checkpoint.steps(folder) == [20, 10]
+    assert checkpoints.steps(folder) == [20, 10]
 
 
 @pytest.mark.parametrize("what", ["a truncated shard", "a missing shard", "truncated metadata"])
@@ -71,7 +71,7 @@ def test_damage_alone_is_never_a_fresh_start(folder):
 def test_a_removal_that_was_cut_short_is_finished(folder):
     next((folder / "step-10").glob("*.distcp")).unlink()
     assert newest(folder) == (30, [])
-    assert checkpoint.steps(folder) == [30, 20]
+    assert checkpoints.steps(folder) == [30, 20]
 
 
 def test_nothing_but_a_first_save_cut_short_leaves_no_folder(folder):
@@ -93,12 +93,12 @@ def test_nothing_but_a_first_save_cut_short_leaves_no_folder(folder):
     ],
 )
 def test_another_models_checkpoint_is_named(folder, model, ranks, words):
-    found = checkpoint.misfit(folder / "step-30", model, "data.rank_", ranks)
+    found = checkpoints.misfit(folder / "step-30", model, "data.rank_", ranks)
     assert bool(found) == bool(words)
     assert not words or re.search(words, found[0])
 
 
 def test_the_last_two_whole_ones_stay(folder):
     (folder / "step-40").mkdir()  # being written
-    checkpoint.prune(folder)
-    assert checkpoint.steps(folder) == [40, 30, 20]
+    checkpoints.prune(folder)
+    assert checkpoints.steps(folder) == [40, 30, 20]

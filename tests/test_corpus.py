@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from scripts.corpus import python_documentation, user_files
-from scripts.errors import InputError
-from scripts.splits import normalise, sentences, split
+from scripts.corpus.sources import python_documentation, user_files
+from scripts.corpus.splits import normalise, sentences, split
+from scripts.run.errors import InputError
 
 BOOK = "\n\n".join(
     " ".join(f"Sentence {p} {s} tells how traveller {p * s} crossed the river near village {s}." for s in range(12))
@@ -138,7 +138,7 @@ def test_too_little_text_says_how_much_is_needed(tmp_path):
 
 
 def test_a_conversation_longer_than_the_context_is_named(tmp_path):
-    from scripts.tokenizer import tokenize
+    from scripts.corpus.tokenizer import tokenize
 
     (tmp_path / "book.txt").write_text(BOOK)
     sets = split(user_files(tmp_path / "book.txt")).sets

@@ -20,7 +20,8 @@ import pytest
 from conftest import ROOT, lacking, make
 from stats import loss_curve
 
-from scripts import checkpoint, rundir
+from scripts.run import attempts, files, layout
+from scripts.tools import checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +37,7 @@ ARGS = {
 def base(folder):
     """Data, and an unbroken run of every stage on one process: run "whole"."""
     make("data", RUN="whole")
-    for stage in rundir.TRAINED:
+    for stage in layout.TRAINED:
         make(stage, **options("whole", stage))
     return folder
 
@@ -44,14 +45,14 @@ def base(folder):
 @pytest.fixture(scope="module")
 def pair(base):
     """The same on two processes: run "pair"."""
-    for stage in rundir.TRAINED:
+    for stage in layout.TRAINED:
         make(stage, **options("pair", stage, 2))
     return base
 
 
 def options(run: str, stage: str, gpus: int = 1, **more: str) -> dict:
     """What every attempt of a chain is called with; each stage starts from the unbroken run's model before it."""
-    root = rundir.runs_root() / "whole"
+    root = layout.runs_root() / "whole"
     if stage == "data":
         return {"RUN": run}
     before = {"finetune": "pretrain", "align": "finetune", "evaluate": "align"}.get(stage)
@@ -63,7 +64,7 @@ class Attempt:
     """One call of the launcher, and what hangs below it."""
 
     def __init__(self, stage: str, **settings: str):
-        self.directory = rundir.runs_root() / settings["RUN"] / stage
+        self.directory = layout.runs_root() / settings["RUN"] / stage
         self.output = tempfile.TemporaryFile("a+")  # noqa: SIM115  not among the runs: their disk will be full
         command = [sys.executable, "-m", "scripts.launch", stage]
         streams = {"stdout": self.output, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
@@ -86,7 +87,7 @@ class Attempt:
 
     def processes(self) -> dict:
         """Pids of this attempt: launcher, stage, and below the stage torchrun and the ranks."""
-        attempt = rundir.running(self.directory)
+        attempt = attempts.running(self.directory)
         found = {"launcher": self.launcher.pid, "stage": attempt["pid"], "ranks": []}
         for pid in below(attempt["pid"]):
             words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
@@ -100,14 +101,14 @@ class Attempt:
     def watched(self) -> dict:
         """processes(), after noting everything that must be gone at the end."""
         found = self.processes()
-        self.all = {pid: rundir.process_start(pid) for pid in [found["launcher"], found["stage"], *below(found["stage"])]}
+        self.all = {pid: attempts.process_start(pid) for pid in [found["launcher"], found["stage"], *below(found["stage"])]}
         return found
 
     def end(self, seconds: float = 60) -> int:
         """Wait for the launcher and for everything below the stage; returns the launcher's exit code."""
         code = self.launcher.wait(seconds)
         deadline = time.monotonic() + seconds
-        while alive := [pid for pid in self.all if rundir.process_start(pid) == self.all[pid]]:
+        while alive := [pid for pid in self.all if attempts.process_start(pid) == self.all[pid]]:
             assert time.monotonic() < deadline, f"still there: {alive}\n{self.said()[-3000:]}"
             time.sleep(0.05)
         return code
@@ -129,12 +130,12 @@ def below(root: int) -> list[int]:
 
 def whole_steps(directory: Path) -> list[int]:
     folder = directory / "checkpoints"
-    return [n for n in checkpoint.steps(folder) if (folder / f"step-{n}" / ".metadata").exists()]
+    return [n for n in checkpoints.steps(folder) if (folder / f"step-{n}" / ".metadata").exists()]
 
 
 def attempt_until_saved(stage: str, **settings: str) -> tuple[Attempt, dict]:
     """Start; wait until it has made a new checkpoint whole; returns it and its processes."""
-    directory = rundir.runs_root() / settings["RUN"] / stage
+    directory = layout.runs_root() / settings["RUN"] / stage
     had = max(whole_steps(directory), default=0)
     attempt = Attempt(stage, **settings)
     attempt.until(lambda: max(whole_steps(directory), default=0) > had)
@@ -160,11 +161,11 @@ WAYS = {  # victim, signal, exit code of the launcher, word of status
 
 def kill_during_first_save(stage: str, **settings: str) -> None:
     """Freeze the rank the moment its first step folder appears, then kill the stage: nothing whole is there."""
-    directory = rundir.runs_root() / settings["RUN"] / stage
+    directory = layout.runs_root() / settings["RUN"] / stage
     attempt = Attempt(stage, **settings)
-    attempt.until(lambda: rundir.status(directory) == "running" and rundir.read_json(directory / "progress.json"))
+    attempt.until(lambda: attempts.status(directory) == "running" and files.read_json(directory / "progress.json"))
     found = attempt.watched()
-    attempt.until(lambda: checkpoint.steps(directory / "checkpoints"), every=0.0005)
+    attempt.until(lambda: checkpoints.steps(directory / "checkpoints"), every=0.0005)
     os.kill(found["ranks"][0], signal.SIGSTOP)
     assert whole_steps(directory) == [], "the save was faster than the test"
     kill(attempt, found, "stage", signal.SIGKILL)
@@ -172,10 +173,10 @@ def kill_during_first_save(stage: str, **settings: str) -> None:
 
 def kill_before_done(stage: str, **settings: str) -> None:
     """Kill the stage when its model is there and stage.json is not."""
-    directory = rundir.runs_root() / settings["RUN"] / stage
+    directory = layout.runs_root() / settings["RUN"] / stage
     attempt = Attempt(stage, **settings)
-    attempt.until(lambda: rundir.status(directory) == "running")
-    pid = rundir.running(directory)["pid"]
+    attempt.until(lambda: attempts.status(directory) == "running")
+    pid = attempts.running(directory)["pid"]
     attempt.until((directory / "model").exists, every=0.0005)
     os.kill(pid, signal.SIGKILL)
     attempt.all = {}
@@ -188,10 +189,10 @@ def assert_same(one: Path, other: Path) -> None:
     curves = [loss_curve(d / "metrics") for d in (one, other)]
     assert [step for step, _ in curves[0]] == list(range(1, 41))
     assert curves[0] == curves[1]
-    assert rundir.record(one)["outputs"]["model"]["digest"] == rundir.record(other)["outputs"]["model"]["digest"]
+    assert layout.record(one)["outputs"]["model"]["digest"] == layout.record(other)["outputs"]["model"]["digest"]
 
 
-@pytest.mark.parametrize("stage", rundir.TRAINED)
+@pytest.mark.parametrize("stage", layout.TRAINED)
 def test_one_process(base, stage):
     run, directory = "killed", base / "killed" / stage
     settings = options(run, stage)
@@ -200,7 +201,7 @@ def test_one_process(base, stage):
         attempt, found = attempt_until_saved(stage, **settings)
         victim, number, code, word = WAYS[way]
         assert kill(attempt, found, victim, number) == code, f"{way}\n{attempt.said()[-3000:]}"
-        assert rundir.status(directory) == word, way
+        assert attempts.status(directory) == word, way
         assert not (directory / "model").exists()
     attempt, found = attempt_until_saved(stage, **settings)
     assert make("cancel", RUN=run).stdout == f"{stage}: cancelled\n"
@@ -212,7 +213,7 @@ def test_one_process(base, stage):
     assert len(whole_steps(directory)) >= 2
 
 
-@pytest.mark.parametrize("stage", rundir.TRAINED)
+@pytest.mark.parametrize("stage", layout.TRAINED)
 def test_two_processes(pair, stage):
     """The same with torchrun between the stage and its ranks; the loss is that of an unbroken run on two processes."""
     run, directory = "killed-pair", pair / "killed-pair" / stage
@@ -222,7 +223,7 @@ def test_two_processes(pair, stage):
         assert len(found["ranks"]) == 2
         victim, number, code, word = WAYS[way]
         assert kill(attempt, found, victim, number) == code, f"{way}\n{attempt.said()[-3000:]}"
-        assert rundir.status(directory) == word, way
+        assert attempts.status(directory) == word, way
     make(stage, **settings)
     assert_same(pair / "pair" / stage, directory)
 
@@ -290,14 +291,14 @@ def test_what_saves_nothing_starts_whole(base, stage):
         if stage == "data" and victim == "rank":
             continue
         attempt = Attempt(stage, **settings)
-        attempt.until(lambda: rundir.status(directory) == "running")
+        attempt.until(lambda: attempts.status(directory) == "running")
         time.sleep(2)  # in the middle of it
         kill(attempt, attempt.watched(), victim, number)
-        assert rundir.status(directory) == word, f"{way}\n{attempt.said()[-3000:]}"
+        assert attempts.status(directory) == word, f"{way}\n{attempt.said()[-3000:]}"
     make(stage, **settings)
-    assert rundir.status(directory) == "done"
+    assert attempts.status(directory) == "done"
     if stage == "data":
-        one, other = (rundir.record(base / run / stage)["outputs"]["sets"]["digest"] for run in ("whole", "killed"))
+        one, other = (layout.record(base / run / stage)["outputs"]["sets"]["digest"] for run in ("whole", "killed"))
         assert one == other
 
 
@@ -313,8 +314,8 @@ def test_a_service_that_died_is_replaced(base):
     ):
         make("deploy", **settings)
         assert state() == "serving"
-        pid = rundir.running(directory)["pid"]
-        family = {p: rundir.process_start(p) for p in [pid, *below(pid)]}
+        pid = attempts.running(directory)["pid"]
+        family = {p: attempts.process_start(p) for p in [pid, *below(pid)]}
         engine = [p for p in family if "EngineCore" in Path(f"/proc/{p}/cmdline").read_text()]
         if number == signal.SIGSTOP:
             for p in family:
@@ -323,7 +324,7 @@ def test_a_service_that_died_is_replaced(base):
             continue
         os.kill(engine[0] if victim == "engine" else pid, number)
         deadline = time.monotonic() + 60
-        while any(rundir.process_start(p) == start for p, start in family.items()):
+        while any(attempts.process_start(p) == start for p, start in family.items()):
             assert time.monotonic() < deadline, "a part of vLLM outlives the stage"
             time.sleep(0.1)
         assert state() == word
@@ -345,14 +346,14 @@ def small_disk(base, tmp_path):
     subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
-@pytest.mark.parametrize("stage", rundir.STAGES[:5])
+@pytest.mark.parametrize("stage", layout.STAGES[:5])
 def test_a_full_disk_loses_nothing(base, small_disk, monkeypatch, stage):
     """During a save, where the stage saves; else in the middle of it."""
     settings = options("full", stage)
     monkeypatch.setenv("RUNS", str(small_disk))
     directory, ballast = small_disk / "full" / stage, small_disk / "ballast"
     attempt = Attempt(stage, **settings)
-    attempt.until(lambda: whole_steps(directory) if stage in rundir.TRAINED else rundir.running(directory))
+    attempt.until(lambda: whole_steps(directory) if stage in layout.TRAINED else attempts.running(directory))
     with contextlib.suppress(OSError), open(ballast, "wb") as file:
         while True:
             file.write(bytes(1 << 20))
@@ -361,8 +362,8 @@ def test_a_full_disk_loses_nothing(base, small_disk, monkeypatch, stage):
     assert "the same command goes on" in attempt.said()
     ballast.unlink()
     make(stage, **settings)
-    assert rundir.status(directory) == "done"
-    if stage in rundir.TRAINED:
+    assert attempts.status(directory) == "done"
+    if stage in layout.TRAINED:
         assert_same(base / "whole" / stage, directory)
 
 
@@ -374,7 +375,7 @@ def test_twenty_random_kills_over_one_pipeline(base):
     seed = int(os.environ.get("SOAK_SEED", time.time()))
     print(f"SOAK_SEED={seed}")
     chance = random.Random(seed)
-    settings = {"RUN": "soak", "PORT": "8032", "FORCE": "1", **{f"{s.upper()}_ARGS": ARGS[s] for s in rundir.TRAINED}}
+    settings = {"RUN": "soak", "PORT": "8032", "FORCE": "1", **{f"{s.upper()}_ARGS": ARGS[s] for s in layout.TRAINED}}
     with open(base / "soak.out", "w") as output:
         for _ in range(20):
             streams = {"stdout": output, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
@@ -384,12 +385,12 @@ def test_twenty_random_kills_over_one_pipeline(base):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(chance.choice([launcher.pid, *below(launcher.pid)]), signal.SIGKILL)
             launcher.wait(120)
-            while any(rundir.running(base / "soak" / stage) for stage in rundir.STAGES[:-1]):
+            while any(attempts.running(base / "soak" / stage) for stage in layout.STAGES[:-1]):
                 time.sleep(0.1)
     make("pipeline", **settings)
     make("undeploy", RUN="soak")
-    attempts = {stage: len(rundir.attempts(base / "soak" / stage)) for stage in rundir.STAGES}
+    attempts = {stage: len(attempts.history(base / "soak" / stage)) for stage in layout.STAGES}
     print(attempts)
     assert sum(attempts.values()) >= 20
-    for stage in rundir.TRAINED:
+    for stage in layout.TRAINED:
         assert_same(base / "whole" / stage, base / "soak" / stage)

@@ -11,9 +11,11 @@ import pytest
 from conftest import ROOT, lacking, launch, refused
 from golden import CASES, FOLDER, dry_run
 
-from scripts import local, preflight, report, rundir, submission
-from scripts.errors import InputError
+from scripts.clusters import local
 from scripts.launch import claimed
+from scripts.launcher import report, submission
+from scripts.run import attempts, digests, files, layout, preflight
+from scripts.run.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -149,7 +151,7 @@ def test_a_run_with_other_settings_is_refused_once_it_has_something_to_lose(fine
 
 
 def test_a_second_launch_of_a_running_stage_is_refused(finetune):
-    rundir.begin_attempt(finetune.directory)
+    attempts.begin_attempt(finetune.directory)
     refused("finetune", "running already", "make stop RUN=x", **finetune.options)
     refused("clean", "running", "make stop RUN=x", RUN="x")
 
@@ -159,15 +161,15 @@ def test_of_two_launches_in_one_instant_one_is_refused(finetune):
     with claimed("x", "finetune"):
         refused("finetune", "another make began it a moment ago", "make status RUN=x", **finetune.options)
     with claimed("x", "finetune"):
-        rundir.begin_attempt(finetune.directory)
+        attempts.begin_attempt(finetune.directory)
     with pytest.raises(InputError, match="another make"), claimed("x", "finetune"):
         pass
 
 
 def test_a_run_that_another_machine_holds_is_left_alone(finetune):
     """A copy of a run, or a shared disk: the pid in the attempt is some other process here."""
-    attempt = {**rundir.begin_attempt(finetune.directory), "host": "elsewhere"}
-    rundir.write_atomic(finetune.directory / "attempts/1.json", json.dumps(attempt))
+    attempt = {**attempts.begin_attempt(finetune.directory), "host": "elsewhere"}
+    files.write_atomic(finetune.directory / "attempts/1.json", json.dumps(attempt))
     refused("finetune", "elsewhere", "cannot be asked from here", "rm '", "attempts/1.json", **finetune.options)
     refused("stop", "elsewhere", "cannot be asked from here", RUN="x")
 
@@ -188,7 +190,7 @@ def test_a_run_survives_a_move(finetune, runs, monkeypatch):
     os.rename(runs, moved)
     monkeypatch.setenv("RUNS", str(moved))
     assert submission.differences(finetune.plan(FROM=str(moved / "x/pretrain/model"))) == []
-    assert rundir.from_fact(rundir.read_env(moved / "x/finetune/stage.env")["FROM"]) == moved / "x/pretrain/model"
+    assert layout.from_fact(files.read_env(moved / "x/finetune/stage.env")["FROM"]) == moved / "x/pretrain/model"
 
 
 def test_a_stop_of_what_does_not_run_says_so(finetune):
@@ -198,7 +200,7 @@ def test_a_stop_of_what_does_not_run_says_so(finetune):
 
 
 def test_a_venv_that_is_gone_is_named(finetune, monkeypatch, tmp_path):
-    monkeypatch.setattr(rundir, "ROOT", tmp_path)
+    monkeypatch.setattr(layout, "ROOT", tmp_path)
     monkeypatch.delenv("DRY_RUN", raising=False)
     assert ".venv: missing" in local.problems(finetune)[0]
     assert "make setup" in local.problems(finetune)[0]
@@ -243,14 +245,14 @@ def verdict(evaluation, digest, **row):
 def test_the_gate_opens_for_exactly_the_model_that_passed(runs, model):
     evaluation = runs / "x" / "evaluate"
     assert "no verdict" in report.gate_problems(evaluation, model)[0]
-    verdict(evaluation, rundir.digest_tree(model))
+    verdict(evaluation, digests.digest_tree(model))
     assert report.gate_problems(evaluation, model) == []
     (model / "config.json").write_text((model / "config.json").read_text() + " ")
     assert "not for" in report.gate_problems(evaluation, model)[0]
 
 
 def test_the_gate_names_metric_value_and_floor(runs, model):
-    verdict(runs / "x" / "evaluate", rundir.digest_tree(model), value=0.3123, passed=False)
+    verdict(runs / "x" / "evaluate", digests.digest_tree(model), value=0.3123, passed=False)
     said = refused("deploy", "task/acc", "0.3123", "at least 0.4", "FORCE=1", RUN="x", FROM=str(model))
     assert "Traceback" not in said
 

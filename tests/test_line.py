@@ -17,8 +17,8 @@ from conftest import ROOT, make
 from seam import assert_same_logits, transformers_logits
 from stats import loss_curve, mcnemar_p, mean_and_error, metric, paired_t, samples
 
-from scripts import rundir
-from scripts.chat_tokenizer import ChatTokenizer
+from scripts.run import digests, layout
+from scripts.tools.chat_tokenizer import ChatTokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -71,29 +71,29 @@ def test_the_demo_ends_with_the_table_and_an_answer(demo):
 
 
 def test_the_same_command_again_does_nothing_twice(demo):
-    before = [rundir.digest_tree(demo["run"] / s / "model") for s in rundir.TRAINED]
+    before = [digests.digest_tree(demo["run"] / s / "model") for s in layout.TRAINED]
     began = time.time()
     again = make("demo", PORT="8017")
     assert time.time() - began < 20
     assert again.stdout.count("done already") == 5
     assert "serving already" in again.stdout
-    assert before == [rundir.digest_tree(demo["run"] / s / "model") for s in rundir.TRAINED]
+    assert before == [digests.digest_tree(demo["run"] / s / "model") for s in layout.TRAINED]
 
 
 def test_lineage_walks_from_the_served_model_to_the_corpus(demo):
     out = make("lineage", RUN="demo").stdout
     for stage in ("deploy", "align", "finetune", "pretrain", "data", "corpus sha256:"):
         assert stage in out
-    for stage in rundir.TRAINED:
-        record = rundir.record(demo["run"] / stage)
-        assert record["outputs"]["model"]["digest"] == rundir.digest_tree(demo["run"] / stage / "model")
-        assert record["inputs"]["data"]["digest"] == rundir.digest_tree(demo["run"] / "data" / "sets")
+    for stage in layout.TRAINED:
+        record = layout.record(demo["run"] / stage)
+        assert record["outputs"]["model"]["digest"] == digests.digest_tree(demo["run"] / stage / "model")
+        assert record["inputs"]["data"]["digest"] == digests.digest_tree(demo["run"] / "data" / "sets")
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "align"])
 def test_handed_on_models_have_equal_logits_everywhere(demo, stage):
     directory = demo["run"] / stage / "model"
-    ids = ChatTokenizer(str(directory)).encode((ROOT / "scripts/stage.py").read_text())[:250]
+    ids = ChatTokenizer(str(directory)).encode((ROOT / "scripts/job/stage.py").read_text())[:250]
     print(assert_same_logits(directory, ids))
 
 
@@ -116,7 +116,7 @@ def request(demo, path, body=None, key=True, method=None):
 def test_served_log_probabilities_are_the_models(demo):
     """vLLM's log-probabilities of a prompt against transformers' (bound: docs/verified.md)."""
     directory = demo["run"] / "align" / "model"
-    ids = ChatTokenizer(str(directory)).encode((ROOT / "scripts/stage.py").read_text())[:200]
+    ids = ChatTokenizer(str(directory)).encode((ROOT / "scripts/job/stage.py").read_text())[:200]
     body = {"model": "demo", "prompt": ids, "max_tokens": 1, "prompt_logprobs": 0}
     status, answer = request(demo, "/v1/completions", body)
     assert status == 200

@@ -5,8 +5,8 @@ import json
 import pytest
 from conftest import write_safetensors
 
-from scripts import modeldir
-from scripts.errors import InputError
+from scripts.run import modeldir
+from scripts.run.errors import InputError
 
 
 def edit(path, **changes):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from scripts.progress import heard, tell
+from scripts.job.progress import heard, tell
 
 STEP = '@relay {"step": 1, "total": 40}'
 

@@ -7,9 +7,9 @@ import pytest
 from conftest import ROOT
 from seam import assert_same_logits
 
-from scripts import architecture
-from scripts.errors import InputError
-from scripts.tokenizer import render, train_tokenizer
+from scripts.corpus.tokenizer import render, train_tokenizer
+from scripts.run.errors import InputError
+from scripts.tools import architecture
 
 CHAT = [
     {"role": "system", "content": "Be brief.  "},
@@ -38,7 +38,7 @@ def make_model(directory, **changes):
     model = LlamaForCausalLM(LlamaConfig(**config))
     model.save_pretrained(directory)
     (directory / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForCausalLM"]}))
-    texts = [(ROOT / "scripts" / name).read_text() for name in ("corpus.py", "splits.py", "stage.py")]
+    texts = [(ROOT / "scripts" / name).read_text() for name in ("corpus/sources.py", "corpus/splits.py", "job/stage.py")]
     train_tokenizer(texts, config["vocab_size"], config["max_position_embeddings"], directory)
     return directory
 
@@ -91,7 +91,7 @@ def test_torchtitan_cannot_tie(tmp_path):
 def test_the_template_renders_the_same_text_in_torchtune_and_transformers(born_here, prompt):
     from transformers import AutoTokenizer
 
-    from scripts.chat_tokenizer import ChatTokenizer
+    from scripts.tools.chat_tokenizer import ChatTokenizer
 
     theirs = AutoTokenizer.from_pretrained(born_here)  # what lm-eval and vLLM call
     chat = CHAT[:-1] if prompt else CHAT
@@ -105,7 +105,7 @@ def test_only_answers_are_learned_and_the_tokens_are_those_of_serving(born_here)
     from torchtune.data import Message
     from transformers import AutoTokenizer
 
-    from scripts.chat_tokenizer import ChatTokenizer
+    from scripts.tools.chat_tokenizer import ChatTokenizer
 
     tokenizer = ChatTokenizer(str(born_here))
     messages = [Message(role=m["role"], content=m["content"], masked=m["role"] != "assistant") for m in CHAT]
@@ -121,7 +121,7 @@ def test_only_answers_are_learned_and_the_tokens_are_those_of_serving(born_here)
 def test_a_longer_conversation_is_refused_never_cut(born_here):
     from torchtune.data import Message
 
-    from scripts.chat_tokenizer import ChatTokenizer
+    from scripts.tools.chat_tokenizer import ChatTokenizer
 
     with pytest.raises(InputError, match="longer than 16"):
         ChatTokenizer(str(born_here), max_seq_len=16).tokenize_messages(
@@ -132,7 +132,7 @@ def test_a_longer_conversation_is_refused_never_cut(born_here):
 def test_a_template_that_rewrites_history_is_refused(born_here, tmp_path):
     from torchtune.data import Message
 
-    from scripts.chat_tokenizer import ChatTokenizer
+    from scripts.tools.chat_tokenizer import ChatTokenizer
 
     directory = shutil.copytree(born_here, tmp_path / "model")
     (directory / "chat_template.jinja").write_text("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}")
@@ -145,7 +145,7 @@ def test_every_tokenizer_adds_one_bos_to_plain_text(born_here):
     from torchtitan.components.tokenizer import HuggingFaceTokenizer
     from transformers import AutoTokenizer
 
-    from scripts.chat_tokenizer import ChatTokenizer
+    from scripts.tools.chat_tokenizer import ChatTokenizer
 
     ours = ChatTokenizer(str(born_here)).encode("a text", add_bos=True, add_eos=True)
     assert HuggingFaceTokenizer(str(born_here)).encode("a text", add_bos=True, add_eos=True) == ours

@@ -22,7 +22,8 @@ from conftest import ROOT, lacking, launch, make
 from lab import Lab, missing
 from test_kills import ARGS, assert_same, whole_steps
 
-from scripts import rundir, slurm
+from scripts.clusters import slurm
+from scripts.run import attempts, files, layout
 
 pytestmark = pytest.mark.slow
 PAIR = {"CLUSTER": "slurm", "NODES": "2", "GPUS": "1"}
@@ -43,8 +44,8 @@ def lab(tmp_path_factory):
         if os.environ.get("RELAY_SLURM") == "site":
             patch.setenv("RUNS", str(ROOT / f"runs/test-slurm-{os.getpid()}"))
             yield Site()
-            for file in rundir.runs_root().glob("*/*/job.json"):  # a failed test's, which wait or serve for days
-                subprocess.run(["scancel", rundir.read_json(file)["job"]], capture_output=True)
+            for file in layout.runs_root().glob("*/*/job.json"):  # a failed test's, which wait or serve for days
+                subprocess.run(["scancel", files.read_json(file)["job"]], capture_output=True)
             return
         if missing():
             lacking(f"a Slurm of its own needs {', '.join(missing())}: apt-get install slurmctld slurmd slurm-client munge")
@@ -64,11 +65,11 @@ def own(lab):
 
 
 def folder(run, stage):
-    return rundir.runs_root() / run / stage
+    return layout.runs_root() / run / stage
 
 
 def job(run, stage):
-    return rundir.read_json(folder(run, stage) / "job.json")["job"]
+    return files.read_json(folder(run, stage) / "job.json")["job"]
 
 
 def until(condition, seconds=120):
@@ -132,7 +133,7 @@ def status(run, stage):
 
 def ask_at_length(run):
     """Begin to ask a served model for 400 tokens; the result is how many came."""
-    server = rundir.read_json(folder(run, "deploy") / "server.json")
+    server = files.read_json(folder(run, "deploy") / "server.json")
     key = (folder(run, "deploy") / "api-key").read_text().strip()
     body = json.dumps({"model": run, "prompt": "def main", "max_tokens": 400, "ignore_eos": True}).encode()
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
@@ -161,10 +162,10 @@ def refused(verb, *words, **options):
 def whole(lab):
     """An unbroken run of data and the trained stages, two nodes each, given stage by stage while the queue works."""
     make("data", RUN="whole", CLUSTER="slurm")
-    for stage in rundir.TRAINED:
+    for stage in layout.TRAINED:
         make(stage, RUN="whole", **PAIR, ARGS=ARGS[stage])
-    assert [ended(lab, "whole", stage) for stage in rundir.STAGES[:4]] == ["COMPLETED"] * 4, said("whole", "pretrain")
-    return rundir.runs_root() / "whole"
+    assert [ended(lab, "whole", stage) for stage in layout.STAGES[:4]] == ["COMPLETED"] * 4, said("whole", "pretrain")
+    return layout.runs_root() / "whole"
 
 
 def given(whole, run, stage):
@@ -179,9 +180,9 @@ def given(whole, run, stage):
 
 def test_stages_given_one_by_one_are_chained(whole):
     """Each was submitted while the one before it was in the queue, and ran on two nodes."""
-    for stage in rundir.TRAINED:
-        assert "afterok" in (whole / stage / "submitted.txt").read_text() or rundir.record(whole / stage)["started"], stage
-        assert rundir.record(whole / stage)["facts"]["NODES"] == "2"
+    for stage in layout.TRAINED:
+        assert "afterok" in (whole / stage / "submitted.txt").read_text() or layout.record(whole / stage)["started"], stage
+        assert layout.record(whole / stage)["facts"]["NODES"] == "2"
         assert {p.name for p in (whole / stage / "logs").glob("*.log")} >= {"attempt-1.log", "attempt-1.node1.log"}
 
 
@@ -203,16 +204,16 @@ def test_the_pipeline_the_gate_and_a_service(lab):
     assert set(said_by) <= {0, 64}, said_by
     assert "a moment ago" in said_by.get(64, "a moment ago"), said_by
     queued = subprocess.run(["squeue", "-h", "-o", "%j"], capture_output=True, text=True).stdout.split()
-    assert sorted(name for name in queued if name.startswith("line-")) == sorted(f"line-{s}" for s in rundir.STAGES)
-    jobs = [job("line", stage) for stage in rundir.STAGES]
-    for stage in rundir.STAGES[2:]:
-        assert f"waits for {rundir.STAGES[rundir.STAGES.index(stage) - 1]}" in status("line", stage)
+    assert sorted(name for name in queued if name.startswith("line-")) == sorted(f"line-{s}" for s in layout.STAGES)
+    jobs = [job("line", stage) for stage in layout.STAGES]
+    for stage in layout.STAGES[2:]:
+        assert f"waits for {layout.STAGES[layout.STAGES.index(stage) - 1]}" in status("line", stage)
     assert "submitted already" in launch("pretrain", **options).stderr
     make("pipeline", **options)
-    assert [job("line", stage) for stage in rundir.STAGES] == jobs, "a second pipeline doubles no job"
-    gpus = {s: re.search(r"gres/gpu=(\d+)", lab.ask("scontrol", "-o", "show", "job", job("line", s)) or "") for s in rundir.STAGES}
+    assert [job("line", stage) for stage in layout.STAGES] == jobs, "a second pipeline doubles no job"
+    gpus = {s: re.search(r"gres/gpu=(\d+)", lab.ask("scontrol", "-o", "show", "job", job("line", s)) or "") for s in layout.STAGES}
     assert ended(lab, "line", "deploy", 600) == "FAILED"
-    assert [ended(lab, "line", stage) for stage in rundir.STAGES[:5]] == ["COMPLETED"] * 5
+    assert [ended(lab, "line", stage) for stage in layout.STAGES[:5]] == ["COMPLETED"] * 5
     assert gpus["data"] is None
     assert "refused" in status("line", "deploy")
     assert "is needed (" in status("line", "deploy")
@@ -220,7 +221,7 @@ def test_the_pipeline_the_gate_and_a_service(lab):
 
     make("pipeline", **options, FORCE="1")
     until(lambda: "serving" in status("line", "deploy"))
-    before = rundir.read_json(folder("line", "deploy") / "server.json")
+    before = files.read_json(folder("line", "deploy") / "server.json")
     make("chat", RUN="line", PROMPT="What is io?")
     number = job("line", "deploy")
     if isinstance(lab, Lab):
@@ -230,7 +231,7 @@ def test_the_pipeline_the_gate_and_a_service(lab):
         assert "queued" in status("line", "deploy")
         start_again(number)
         until(lambda: "serving" in status("line", "deploy"))
-        assert rundir.read_json(folder("line", "deploy") / "server.json")["host"] != before["host"]
+        assert files.read_json(folder("line", "deploy") / "server.json")["host"] != before["host"]
         make("chat", RUN="line", PROMPT="What is io?")
         lab.ask("scontrol", "update", f"NodeName={before['node']}", "State=resume")
     answer = ask_at_length("line")
@@ -244,7 +245,7 @@ def test_what_a_dry_run_prints_works_pasted(lab):
     """The chain is whole, make knows its jobs, and a job of it that is requeued when all is done ends at once, on both nodes."""
     short = {**PAIR, "PRETRAIN_ARGS": "--training.steps 20", "FINETUNE_ARGS": "max_steps_per_epoch=10", "FORCE": "1", "PORT": PORT}
     shown = launch("pipeline", RUN="pasted", **short, DRY_RUN="1").stdout
-    assert not (rundir.runs_root() / "pasted").exists()
+    assert not (layout.runs_root() / "pasted").exists()
     subprocess.run(["bash", "-e"], input="\n\n".join(shown.split("\n\n")[:4]), text=True, cwd=ROOT, check=True)
     assert "finetune: submitted already" in launch("finetune", RUN="pasted", **PAIR, ARGS=short["FINETUNE_ARGS"]).stderr
     rest = launch("pipeline", RUN="pasted", **short, DRY_RUN="1").stdout
@@ -276,7 +277,7 @@ def test_a_lost_node(own, whole, way):
     else:
         own.kill_node(node)
     until(lambda: own.state(number) == "PENDING", 90)
-    at = rundir.read_json(folder(run, "pretrain") / "progress.json")["step"]
+    at = files.read_json(folder(run, "pretrain") / "progress.json")["step"]
     line = status(run, "pretrain")
     assert "queued" in line, line
     assert ended(own, run, "pretrain") == "COMPLETED", said(run, "pretrain")
@@ -291,7 +292,7 @@ def test_a_lost_node(own, whole, way):
     until(lambda: node in own.ask("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N"))
 
 
-@pytest.mark.parametrize("stage", rundir.TRAINED)
+@pytest.mark.parametrize("stage", layout.TRAINED)
 def test_the_time_limit(own, whole, stage):
     """Slurm's own signal, before its own time limit: saved, requeued, completed, as if nothing had been."""
     run = f"limit-{stage}"
@@ -305,9 +306,9 @@ def test_the_time_limit(own, whole, stage):
     until(lambda: restarts(own, number) == 1, 60)
     own.ask("scontrol", "update", f"JobId={number}", "TimeLimit=60")
     assert ended(own, run, stage) == "COMPLETED", said(run, stage)
-    attempts = rundir.attempts(folder(run, stage))
-    assert [a["exit"] for a in attempts] == [75, 0]
-    assert {a["job"] for a in attempts} == {f"lab:{number}"}
+    tried = attempts.history(folder(run, stage))
+    assert [a["exit"] for a in tried] == [75, 0]
+    assert {a["job"] for a in tried} == {f"lab:{number}"}
     assert_same(whole / stage, folder(run, stage))
 
 
@@ -425,7 +426,7 @@ def test_the_second_node_does_not_see_the_run(own, whole):
     options = given(whole, "half", "pretrain")
     pid = (own.folder / "slurmd.node3.pid").read_text().strip()
     own.ask("scontrol", "update", "NodeName=node2", "State=drain", "Reason=test")  # so that it gets node1 and node3
-    hidden = str(rundir.runs_root() / "half")
+    hidden = str(layout.runs_root() / "half")
     Path(hidden).mkdir()
     subprocess.run(["nsenter", "-t", pid, "-m", "mount", "-t", "tmpfs", "none", hidden], check=True)
     try:
@@ -475,13 +476,13 @@ def test_nodes_on_one_address_and_a_queue_that_forgets(own, whole, tmp_path, mon
     try:
         settings = given(whole, "forgotten", "pretrain")
         make("pretrain", **{**settings, "ARGS": settings["ARGS"].replace("--training.steps 40", "--training.steps 8")})
-        until(lambda: rundir.record(folder("forgotten", "pretrain")))
+        until(lambda: layout.record(folder("forgotten", "pretrain")))
         number = job("forgotten", "pretrain")
         until(lambda: not other.state(number), 120)
         assert "done" in status("forgotten", "pretrain")
         make("data", RUN="forgotten-2", CLUSTER="slurm")
         number = job("forgotten-2", "data")
-        until(lambda: rundir.running(folder("forgotten-2", "data")))
+        until(lambda: attempts.running(folder("forgotten-2", "data")))
         other.ask("scancel", number)
         until(lambda: not other.state(number), 120)
         assert re.match("data (stopped|lost)", status("forgotten-2", "data"))

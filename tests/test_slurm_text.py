@@ -10,9 +10,11 @@ import pytest
 from conftest import ROOT
 from golden import dry_run
 
-from scripts import local, rundir, slurm, slurm_checks, submission
+from scripts.clusters import local, slurm, slurm_site
+from scripts.launcher import submission
+from scripts.run import layout
 
-STAGES = rundir.STAGES
+STAGES = layout.STAGES
 APPTAINER = ': "${RELAY_RUNTIME:=apptainer}" "${RELAY_IMAGE:=relay.sif}"\n'
 
 
@@ -196,7 +198,7 @@ def test_secrets_stay_out_of_the_submission(checkout, model):
     ],
 )
 def test_time_limits_are_read_as_sbatch_reads_them(limit, seconds):
-    assert slurm_checks.seconds(limit) == seconds
+    assert slurm_site.seconds(limit) == seconds
 
 
 @pytest.mark.parametrize(
@@ -212,7 +214,7 @@ def test_time_limits_are_read_as_sbatch_reads_them(limit, seconds):
 )
 def test_a_queue_is_said_in_words(reason, after, words):
     row = {"state": "PENDING", "reason": reason, "nodes": "4", "start": "2026-01-01T10:00:00", "after": after, "where": ""}
-    assert slurm._in_queue("7", row) == rundir.Job("slurm", "7", "queued", words)
+    assert slurm._in_queue("7", row) == layout.Job("slurm", "7", "queued", words)
 
 
 # --- the files that admins read ---
@@ -244,6 +246,6 @@ def test_the_tree_is_as_thin_as_it_says():
     assert {p.stem for p in (ROOT / "slurm").glob("*.sbatch")} == set(STAGES)
     for stage in STAGES:
         assert len((ROOT / f"slurm/{stage}.sbatch").read_text().splitlines()) <= 15
-        assert ("gpus" in "".join(slurm_checks.header(stage))) == (stage in ("evaluate", "deploy"))  # trained stages: GPUS=
+        assert ("gpus" in "".join(slurm_site.header(stage))) == (stage in ("evaluate", "deploy"))  # trained stages: GPUS=
     edits = [line for line in (ROOT / "slurm/run.sh").read_text().splitlines() if "EDIT" in line]
     assert edits == [], "what a site changes is in site.env"

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from scripts.errors import InputError
+from scripts.run.errors import InputError
 
 
 def steps(folder: Path) -> list[int]:

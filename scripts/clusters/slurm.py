@@ -13,10 +13,11 @@ import socket
 import time
 from pathlib import Path
 
-from scripts import rundir
-from scripts.errors import DONE, InputError
-from scripts.rundir import STAGES, TRAINED, Job, dump_json, read_json, relative, stage_dir, write_atomic
-from scripts.slurm_checks import SITE, ask, image_problems, read_site, secret_problems, site_problems, time_problems
+from scripts.clusters.slurm_site import SITE, ask, image_problems, read_site, secret_problems, site_problems, time_problems
+from scripts.run import attempts, layout
+from scripts.run.errors import DONE, InputError
+from scripts.run.files import dump_json, read_json, write_atomic
+from scripts.run.layout import STAGES, TRAINED, Job, relative, stage_dir
 
 UNREACHABLE = "Slurm does not answer: {}; scontrol ping shows its controller"
 
@@ -139,11 +140,11 @@ def look(run: str) -> dict[str, Job]:
     known = {s: j for s in STAGES if (j := _job_of(stage_dir(run, s)))}
     if not known:
         return {}
-    before = {s: rundir.running(stage_dir(run, s)) for s in known}  # an attempt that begins after squeue was asked is alive
+    before = {s: attempts.running(stage_dir(run, s)) for s in known}  # an attempt that begins after squeue was asked is alive
     try:
         queue, name = _queue(*(job for _, job in known.values())), cluster_name()
     except InputError:
-        if all(rundir.record(stage_dir(run, s)) for s in known):
+        if all(layout.record(stage_dir(run, s)) for s in known):
             return {}  # there is nothing that only the queue knows
         raise
     found = {}
@@ -153,15 +154,15 @@ def look(run: str) -> dict[str, Job]:
             found[stage] = Job("slurm", job, "", f"job {job} of cluster {cluster}, this is {name}")
             continue
         row = queue.get(job)
-        attempt = rundir.running(directory)
+        attempt = attempts.running(directory)
         if attempt and attempt == before[stage] and attempt["job"] == f"{cluster}:{job}" and (not row or row["state"] == "PENDING"):
             why = "waits in the queue again" if row else "has left the queue: cancelled, out of time or memory"
-            rundir.bury(directory, attempt, f"job {job} {why}")
+            attempts.bury(directory, attempt, f"job {job} {why}")
         if row:
             stages = {id_: s for s, (_, id_) in known.items()}
             waits = [stages.get(id_, f"job {id_}") for id_ in re.findall(r"\d+", row["after"])]
             found[stage] = _in_queue(job, {**row, "after": ", ".join(waits)})
-        elif rundir.record(directory) or attempts_of(directory, f"{cluster}:{job}"):
+        elif layout.record(directory) or attempts_of(directory, f"{cluster}:{job}"):
             found[stage] = Job("slurm", job, "", "")
         else:
             found[stage] = Job("slurm", job, *_why_gone(directory, job))
@@ -170,14 +171,14 @@ def look(run: str) -> dict[str, Job]:
 
 def attempts_of(directory: Path, job: str) -> list[dict]:
     """A job's attempts of a stage."""
-    return [a for a in rundir.attempts(directory) if a.get("job") == job]
+    return [a for a in attempts.history(directory) if a.get("job") == job]
 
 
 def _job_of(directory: Path) -> tuple[str, str] | None:
     """(cluster, job) of a stage: as submitted here ("" for the cluster where a dry run was pasted), or as the job itself
     wrote it where sbatch was called by hand."""
     written = read_json(directory / "job.json") or {}
-    last = (rundir.attempts(directory) or [{}])[-1]
+    last = (attempts.history(directory) or [{}])[-1]
     if last.get("job", "").count(":") == 1 and last["started"] > written.get("submitted", 0):
         cluster, job = last["job"].split(":")
         return cluster, job

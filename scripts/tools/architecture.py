@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from scripts.errors import InputError
-from scripts.rundir import read_json
+from scripts.run.errors import InputError
+from scripts.run.files import read_json
 
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 

@@ -21,10 +21,11 @@ import traceback
 from pathlib import Path
 from typing import Callable
 
-from scripts import nodes, rundir
-from scripts.errors import DONE, SAVED, WRONG_INPUT, InputError
-from scripts.process import below_a_stage, how_it_ended, tail
-from scripts.progress import Progress, heard
+from scripts.job import nodes
+from scripts.job.progress import Progress, heard
+from scripts.run import attempts, files, layout, versions
+from scripts.run.errors import DONE, SAVED, WRONG_INPUT, InputError
+from scripts.run.processes import below_a_stage, how_it_ended, tail
 
 
 class RankFailed(Exception):
@@ -41,12 +42,12 @@ class Stage:
     def __init__(self, directory: Path):
         self.directory = directory.resolve()
         self.name, self.run = self.directory.name, self.directory.parent.name
-        self.facts = rundir.read_env(self.directory / "stage.env")
-        self.arguments: list[str] = rundir.read_json(self.directory / "args.json") or []
+        self.facts = files.read_env(self.directory / "stage.env")
+        self.arguments: list[str] = files.read_json(self.directory / "args.json") or []
         self.nodes = int(os.environ.get("PET_NNODES", "1"))
         self.processes = int(os.environ.get("PET_NPROC_PER_NODE", "1"))
         self.attempt: dict = {}
-        self.progress: dict = rundir.read_json(self.directory / "progress.json") or {}  # an earlier attempt's, until its own
+        self.progress: dict = files.read_json(self.directory / "progress.json") or {}  # an earlier attempt's, until its own
         self.progress.pop("attempt", None)
         self.training = False  # ranks are between their first step and their end: they look for stop_file
         self.stop_requested = False
@@ -54,7 +55,7 @@ class Stage:
 
     def path(self, fact: str) -> Path:
         """The path that a fact names. Raises InputError if it has gone since the submission."""
-        path = rundir.from_fact(self.facts[fact]).resolve()
+        path = layout.from_fact(self.facts[fact]).resolve()
         if not path.exists():
             again = f"make clean RUN={self.run} STAGE={self.name}"
             raise InputError(f"{fact}={path}: not there; put it back, or start the stage anew: {again}")
@@ -104,7 +105,7 @@ class Stage:
         shutil.rmtree(path, ignore_errors=True)
         return path
 
-    def ranks(self, extra: dict[str, str] | None = None, cwd: Path = rundir.ROOT) -> None:
+    def ranks(self, extra: dict[str, str] | None = None, cwd: Path = layout.ROOT) -> None:
         """Run this stage script as ranks, through torchrun unless there is exactly one, and wait.
 
         One rank is started directly: torchrun would cost five seconds of imports to start one process.
@@ -118,7 +119,7 @@ class Stage:
             **os.environ,
             **(extra or {}),
             "RELAY_ATTEMPT": str(self.attempt["attempt"]),
-            "PYTHONPATH": str(rundir.ROOT),
+            "PYTHONPATH": str(layout.ROOT),
             "PYTHONUNBUFFERED": "1",  # else torchrun keeps 8 KB back: no progress, and a stop would find no training
         }
         if self.nodes * self.processes == 1:
@@ -130,7 +131,7 @@ class Stage:
             command[1:2] = ["-m", "torch.distributed.run", "--log-dir", str(self.directory / "logs"), "--tee", "3", "-m"]
         self.command(command, env, cwd)
 
-    def command(self, command: list[str], env: dict[str, str], cwd: Path = rundir.ROOT) -> None:
+    def command(self, command: list[str], env: dict[str, str], cwd: Path = layout.ROOT) -> None:
         """Run a child to its end, its output in the log, its progress on this terminal."""
         self.log.parent.mkdir(exist_ok=True)
         with open(self.log, "a", encoding="utf-8", errors="replace") as log:
@@ -157,7 +158,7 @@ class Stage:
                 show(self.progress)
                 with contextlib.suppress(OSError):
                     content = {**self.progress, "attempt": self.attempt_number}
-                    rundir.write_atomic(self.directory / "progress.json", rundir.dump_json(content))
+                    files.write_atomic(self.directory / "progress.json", files.dump_json(content))
             code = child.wait()
             show.end()
         if self.nodes > 1 and nodes.rank() == 0:
@@ -182,7 +183,7 @@ class Stage:
 
     def _hear(self) -> None:
         """Take over what rank 0 has told the parent on its own node, which may be another."""
-        said = rundir.read_json(self.directory / "progress.json") or {}
+        said = files.read_json(self.directory / "progress.json") or {}
         if said.pop("attempt", None) == self.attempt_number:
             self.progress, self.training = said, True
 
@@ -204,7 +205,7 @@ class Stage:
             if first:
                 raise Stopped
         elif first and self.training:
-            rundir.write_atomic(self.stop_file, "")
+            files.write_atomic(self.stop_file, "")
             with contextlib.suppress(OSError):  # os.write: the signal may have come in the middle of a print
                 os.write(1, f"\n{self.name}: saving at the end of this step; once more to leave without\n".encode())
         else:
@@ -227,18 +228,18 @@ def run(main: Callable[[Stage], dict], rank: Callable | None = None) -> None:
         sys.exit(WRONG_INPUT)
     os.environ["RUNS"] = str(Path(sys.argv[1]).resolve().parent.parent)  # facts name paths below it
     if "RANK" in os.environ:
-        from scripts.rank import run_rank
+        from scripts.job.rank import run_rank
 
         run_rank(Path(sys.argv[1]), rank)
         return
     stage = Stage(Path(sys.argv[1]))
-    if rundir.record(stage.directory):
+    if layout.record(stage.directory):
         print(f"{stage.name}: done already")  # a second job of it, or a requeue; no node may wait for another's call
         sys.exit(DONE)
     if nodes.rank():
         nodes.follow(stage)
     try:
-        stage.attempt = rundir.begin_attempt(stage.directory)
+        stage.attempt = attempts.begin_attempt(stage.directory)
     except (InputError, OSError) as problem:
         written = f"cannot write {stage.directory}: {getattr(problem, 'strerror', '')}; mend its permissions"
         print(f"{stage.name}: {problem if isinstance(problem, InputError) else written}", file=sys.stderr)
@@ -263,7 +264,7 @@ def run(main: Callable[[Stage], dict], rank: Callable | None = None) -> None:
     for number in stops:
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(OSError):  # a full disk: the process is gone all the same, and the next attempt may begin
-        rundir.end_attempt(stage.directory, stage.attempt, code, error)
+        attempts.end_attempt(stage.directory, stage.attempt, code, error)
     with contextlib.suppress(OSError):
         nodes.call(stage.directory, None)
     with contextlib.suppress(OSError):
@@ -275,7 +276,7 @@ def run(main: Callable[[Stage], dict], rank: Callable | None = None) -> None:
 def _finish(stage: Stage, result: dict) -> None:
     """Write stage.json: from here on the stage is done."""
     stage.refuse_a_second_writer()
-    history = rundir.attempts(stage.directory)
+    history = attempts.history(stage.directory)
     content = {
         "stage": stage.name,
         "run": stage.run,
@@ -285,9 +286,9 @@ def _finish(stage: Stage, result: dict) -> None:
         "attempts": len(history),
         "started": history[0]["started"],
         "ended": time.time(),
-        "seconds": rundir.seconds_since(stage.attempt),
-        "versions": rundir.versions(),
-        "git_commit": rundir.git_commit(),
+        "seconds": attempts.seconds_since(stage.attempt),
+        "versions": versions.versions(),
+        "git_commit": versions.git_commit(),
         **result,
     }
-    rundir.write_atomic(stage.directory / "stage.json", rundir.dump_json(content))
+    files.write_atomic(stage.directory / "stage.json", files.dump_json(content))

@@ -23,9 +23,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.utils.data import DataLoader
 
-from scripts import checkpoint
-from scripts.errors import InputError
-from scripts.rank import Left, Rank
+from scripts.job.rank import Left, Rank
+from scripts.run.errors import InputError
+from scripts.tools import checkpoints
 
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # under LoRA the adapters alone
 
@@ -99,7 +99,7 @@ class Resumable:
             self.saving.result()
             self.saving = None
             if os.environ["RANK"] == "0":
-                checkpoint.prune(self.folder)
+                checkpoints.prune(self.folder)
 
     def resume(self) -> None:
         """Take up the newest whole checkpoint, if there is one, and remove what later steps had exported.
@@ -119,7 +119,7 @@ class Resumable:
     def _load(self, step: Path) -> None:
         recipe, state = self.recipe, self.state()
         model = {f"model.{name}": value.shape for name, value in state["model"].items()}
-        found = checkpoint.misfit(step, model, "random-", int(os.environ["WORLD_SIZE"]))
+        found = checkpoints.misfit(step, model, "random-", int(os.environ["WORLD_SIZE"]))
         if found:
             raise InputError(found)
         dcp.load(state, checkpoint_id=step, process_group=self.group, no_dist=self.group is None)

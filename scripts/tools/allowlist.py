@@ -1,7 +1,7 @@
 """What a served model's port answers: an allowlist in front of vLLM's API server.
 
 vLLM's own API key guards /v1 and little more; /invocations, /tokenize, /pause, /update_weights and others answer
-anyone (facts of vLLM 0.32). Given to vLLM as `--middleware scripts.guard.Guard`.
+anyone (facts of vLLM 0.32). Given to vLLM as `--middleware scripts.tools.allowlist.Guard`.
 """
 
 import hmac

@@ -6,12 +6,12 @@ import dataclasses
 import os
 from pathlib import Path
 
-from scripts import preflight
-from scripts.checkpoint import misfit
-from scripts.configcheck import against_dataclass
-from scripts.errors import InputError
-from scripts.rank import Rank
-from scripts.rundir import read_json
+from scripts.job.rank import Rank
+from scripts.run import preflight
+from scripts.run.errors import InputError
+from scripts.run.files import read_json
+from scripts.tools.checkpoints import misfit
+from scripts.tools.config_check import against_dataclass
 
 SPEC = "relay"  # the names under which the run's model and text are registered with torchtitan
 
@@ -62,7 +62,7 @@ def load_config(stage: Rank):
 
 def check(stage: Rank, config) -> None:
     """What torchtitan would find out late or not at all. Raises InputError with everything at once."""
-    from scripts.architecture import read_architecture
+    from scripts.tools.architecture import read_architecture
 
     found = []
     sizes = read_architecture(_assets(stage) / "config.json")
@@ -111,10 +111,10 @@ def _assets(stage: Rank) -> Path:
 
 def train(stage: Rank) -> None:
     """One rank, whole: check, train to the last step from the newest whole checkpoint, export."""
-    from scripts import compat
+    from scripts.tools import patches
 
-    compat.torchtitan_on_cpu()
-    compat.checkpoints_without_collectives()
+    patches.torchtitan_on_cpu()
+    patches.checkpoints_without_collectives()
     config = load_config(stage)
     check(stage, config)
     _register(stage)
@@ -124,7 +124,7 @@ def train(stage: Rank) -> None:
     import torch.distributed as dist
     from torchtitan.tools.logging import init_logger
 
-    compat.torchtitan_without_a_nap()
+    patches.torchtitan_without_a_nap()
     init_logger()
     trainer = _trainer_class(stage)(config)
     if newest is not None:
@@ -207,7 +207,7 @@ def _register(stage: Rank) -> None:
     from torchtitan.models.llama3 import get_train_spec
     from torchtitan.protocols.train_spec import register_train_spec
 
-    from scripts.architecture import torchtitan_model_args
+    from scripts.tools.architecture import torchtitan_model_args
 
     model_args = torchtitan_model_args(_assets(stage) / "config.json")
     register_train_spec(SPEC, dataclasses.replace(get_train_spec(), model_args={SPEC: model_args}))

@@ -10,9 +10,10 @@ import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
-from scripts import rundir
-from scripts.errors import DONE, InputError
-from scripts.rundir import STAGES, TRAINED, read_json, record, stage_dir
+from scripts.run import attempts, digests, files, layout
+from scripts.run.errors import DONE, InputError
+from scripts.run.files import read_json
+from scripts.run.layout import STAGES, TRAINED, record, stage_dir
 
 
 def result(directory: Path) -> str:
@@ -24,10 +25,10 @@ def result(directory: Path) -> str:
         return ", ".join(f"{name} {value:.3f}" for name, value in summary["scores"].items())
     if directory.name == "deploy":
         server = read_json(directory / "server.json")
-        return f"http://{server['host']}:{server['port']}/v1" if server and rundir.running(directory) else ""
+        return f"http://{server['host']}:{server['port']}/v1" if server and attempts.running(directory) else ""
     if not summary and directory.exists():
         summary = read_json(directory / "progress.json") or {}
-        if summary.get("attempt") != len(rundir.attempts(directory)) or "step" not in summary:
+        if summary.get("attempt") != len(attempts.history(directory)) or "step" not in summary:
             return ""  # the newest attempt has not begun to train
         loss = f", loss {summary['loss']:.3f}" if "loss" in summary else ""
         return f"step {summary['step']} of {summary['total']}{loss}"
@@ -45,7 +46,7 @@ def seconds(directory: Path) -> str:
     if directory.name == "deploy":
         server = read_json(directory / "server.json")
         return f"{server['ready_seconds']:.0f}" if server else ""
-    history = rundir.attempts(directory) if directory.exists() else []
+    history = attempts.history(directory) if directory.exists() else []
     total = sum(a.get("seconds", 0) for a in history)
     return f"{total:.0f}" if total else ""
 
@@ -58,14 +59,14 @@ def one_line(directory: Path) -> str:
 
 def check_exists(run: str) -> None:
     """Raises InputError naming the runs that there are."""
-    if not (rundir.runs_root() / run).is_dir():
-        known = sorted(p.name for p in rundir.runs_root().glob("*") if p.is_dir())
-        raise InputError(f"RUN={run}: no such run under {rundir.runs_root()}; there are: {', '.join(known) or 'none'}")
+    if not (layout.runs_root() / run).is_dir():
+        known = sorted(p.name for p in layout.runs_root().glob("*") if p.is_dir())
+        raise InputError(f"RUN={run}: no such run under {layout.runs_root()}; there are: {', '.join(known) or 'none'}")
 
 
 def service_state(directory: Path) -> str:
     """Of a deploy: "" where none runs, "loading", "serving", or "silent": it was ready once and /health does not answer."""
-    if not rundir.running(directory):
+    if not attempts.running(directory):
         return ""
     server = read_json(directory / "server.json")
     if not server:
@@ -77,13 +78,13 @@ def service_state(directory: Path) -> str:
         return "silent"
 
 
-def table(run: str, jobs: Mapping[str, rundir.Job] | None = None) -> str:
+def table(run: str, jobs: Mapping[str, layout.Job] | None = None) -> str:
     """One line a stage: status, time, tokens/s; loss, score or address, and what its job waits for or why it failed."""
     check_exists(run)
     rows = [("stage", "status", "seconds", "tokens/s", "result")]
     for stage in STAGES:
         directory = stage_dir(run, stage)
-        state = rundir.status(directory)
+        state = attempts.status(directory)
         if stage == "deploy" and state == "running":
             state = service_state(directory)
         job = (jobs or {}).get(stage)
@@ -105,16 +106,16 @@ def _fault(directory: Path, state: str) -> str:
     """The first line of what a stage ended with."""
     if state not in ("failed", "refused", "lost"):
         return ""
-    said = rundir.attempts(directory)[-1].get("error", "").strip()
+    said = attempts.history(directory)[-1].get("error", "").strip()
     return said.splitlines()[0][:160] if said else ""
 
 
 def sample(run: str) -> int:
     """Ask the served model the sample question of its data and print its answer. Returns an exit code."""
-    from scripts import chat
+    from scripts.launcher import chat
 
-    facts = rundir.read_env(stage_dir(run, "evaluate") / "stage.env")
-    question = read_json(rundir.from_fact(facts["DATA"]) / "data.json")["sample"]
+    facts = files.read_env(stage_dir(run, "evaluate") / "stage.env")
+    question = read_json(layout.from_fact(facts["DATA"]) / "data.json")["sample"]
     print(f"\nasked    {question}\nanswered ", end="")
     return chat.ask(chat.Server(stage_dir(run, "deploy")), [{"role": "user", "content": question}])[0]
 
@@ -166,18 +167,18 @@ def gate_problems(evaluation: Path, model: Path) -> list[str]:
     verdict = read_json(evaluation / "verdict.json")
     if verdict is None or not record(evaluation):
         return [f"no verdict for this model: {evaluation}/verdict.json is missing; make evaluate RUN={run}, {force}"]
-    digest = rundir.describe(model)["digest"]
+    digest = digests.describe(model)["digest"]
     if verdict["model"]["digest"] != digest:
         return [
             f"the verdict is for {verdict['model']['path']} ({verdict['model']['digest'][:19]}…), not for "
-            f"{rundir.relative(model)} ({digest[:19]}…); make clean RUN={run} STAGE=evaluate, make evaluate RUN={run}, {force}"
+            f"{layout.relative(model)} ({digest[:19]}…); make clean RUN={run} STAGE=evaluate, make evaluate RUN={run}, {force}"
         ]
     found = []
     for row in verdict["floors"]:
         if not row["passed"]:
             bound = f"at least {row['min']}" if "min" in row else f"at most {row['max']}"
             value = "was not measured" if row["value"] is None else f"is {row['value']:.4f}"
-            floors = rundir.relative(evaluation / "floors.json")
+            floors = layout.relative(evaluation / "floors.json")
             found.append(f"{row['metric']} {value}, {bound} is needed ({floors}); train better, {force}")
     return found
 
@@ -213,7 +214,7 @@ def _walk(directory: Path, depth: int, seen: set) -> list[str]:
     for name, item in sorted(_inputs(directory).items()):
         path, digest = Path(item["path"]), item["digest"]
         print(f"{'  ' * depth}  {name} {digest[:23]}…  {path}")
-        maker = rundir.from_fact(item["path"]).parent
+        maker = layout.from_fact(item["path"]).parent
         output = (record(maker) or {}).get("outputs", {}).get(path.name)
         if output and output["digest"] != digest:
             problems.append(f"{path} has been made anew since: {directory} used {digest[:23]}…, it now is {output['digest'][:23]}…")

@@ -11,10 +11,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from scripts.errors import InputError
-from scripts.modeldir import chat_template
-from scripts.rundir import read_json
-from scripts.tokenizer import template_from
+from scripts.corpus.tokenizer import template_from
+from scripts.run.errors import InputError
+from scripts.run.files import read_json
+from scripts.run.modeldir import chat_template
 
 
 class ChatTokenizer:

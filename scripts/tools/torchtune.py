@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any, Optional
 
-from scripts import preflight, rundir
-from scripts.configcheck import against_signature, unknown, wrong_type
-from scripts.errors import InputError
-from scripts.modeldir import hand_over, problems, weight_files
-from scripts.rank import Rank
-from scripts.rundir import read_json
-from scripts.stage import Stage
+from scripts.job.rank import Rank
+from scripts.job.stage import Stage
+from scripts.run import digests, preflight
+from scripts.run.errors import InputError
+from scripts.run.files import read_json
+from scripts.run.modeldir import hand_over, problems, weight_files
+from scripts.tools.config_check import against_signature, unknown, wrong_type
 
 OWN_KEYS = {"recipe", "save_every_n_steps"}  # ours, beside torchtune's: the stock recipe, and how often it saves
 
@@ -36,7 +36,7 @@ def main(stage: Stage) -> dict:
         part.unlink()
     model = hand_over(newest, source, stage.directory / "model")
     return {
-        "inputs": {"model": rundir.describe(source), "data": rundir.describe(data)},
+        "inputs": {"model": digests.describe(source), "data": digests.describe(data)},
         "outputs": {"model": model},
         "summary": stage.progress,
     }
@@ -44,14 +44,14 @@ def main(stage: Stage) -> dict:
 
 def train(stage: Rank, dataset: str) -> None:
     """One rank, whole: configuration, checks, the recipe. `dataset` is the file of DATA to train on."""
-    from scripts import compat
+    from scripts.tools import patches
 
-    compat.torchtune_on_cpu()
-    compat.checkpoints_without_collectives()
+    patches.torchtune_on_cpu()
+    patches.checkpoints_without_collectives()
     import torch.distributed as dist
     from torchtune.training import get_distributed_backend
 
-    from scripts.tune_resume import Resumable
+    from scripts.tools.torchtune_resume import Resumable
 
     cfg = load_config(stage, dataset)
     recipe_class = find_recipe(cfg.recipe, stage.nodes * stage.processes)

@@ -12,8 +12,9 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from scripts import report, rundir
-from scripts.errors import DONE, WRONG_INPUT, InputError
+from scripts.launcher import report
+from scripts.run import attempts, files, layout
+from scripts.run.errors import DONE, WRONG_INPUT, InputError
 
 
 class Server:
@@ -22,14 +23,14 @@ class Server:
     def __init__(self, directory: Path):
         run = directory.parent.name
         report.check_exists(run)
-        server = rundir.read_json(directory / "server.json")
-        if not server or not rundir.running(directory):
+        server = files.read_json(directory / "server.json")
+        if not server or not attempts.running(directory):
             raise InputError(f"run {run} is not served; make deploy RUN={run}, or wait: make status RUN={run} shows it loading")
-        facts = rundir.read_env(directory / "stage.env")
+        facts = files.read_env(directory / "stage.env")
         key = facts.get("API_KEY_FILE")
         self.url = f"http://{server['host']}:{server['port']}/v1/chat/completions"
         self.name = server["name"]
-        self.key = (rundir.from_fact(key) if key else directory / "api-key").read_text().strip()
+        self.key = (layout.from_fact(key) if key else directory / "api-key").read_text().strip()
 
 
 def ask(server: Server, messages: list[dict], max_tokens: int = 128) -> tuple[int, str]:
@@ -59,7 +60,7 @@ def ask(server: Server, messages: list[dict], max_tokens: int = 128) -> tuple[in
 def main() -> int:
     """One question by PROMPT=, or a conversation until end of input."""
     run = os.environ.get("RUN") or os.environ.get("MODEL") or "debug"
-    directory = rundir.stage_dir(run, "deploy")
+    directory = layout.stage_dir(run, "deploy")
     try:
         server = Server(directory)
     except InputError as error:

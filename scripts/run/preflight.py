@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from scripts import rundir
+from scripts.run import layout
 
 GB = 1e9
 
@@ -33,7 +33,7 @@ def parameters(config: Mapping[str, Any]) -> int:
 
 def venv_problems() -> list[str]:
     """What keeps this user from running the repository's own Python."""
-    usable = os.access(rundir.ROOT / ".venv/bin/python", os.X_OK)
+    usable = os.access(layout.ROOT / ".venv/bin/python", os.X_OK)
     return [] if usable else [".venv: missing, or its Python is not yours to run; make setup"]
 
 

@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from scripts import rundir
-from scripts.errors import InputError
-from scripts.process import die_with_parent
-from scripts.progress import tell
-from scripts.stage import Stage
+from scripts.job.progress import tell
+from scripts.job.stage import Stage
+from scripts.run import attempts, files
+from scripts.run.errors import InputError
+from scripts.run.processes import die_with_parent
 
 
 class Left(Exception):
@@ -34,8 +34,8 @@ class Rank(Stage):
             tell(**numbers)
 
     def checkpoint(self) -> int | None:
-        """The step to go on from, None for a fresh start (checkpoint.newest_whole). Says so to whoever expects another."""
-        from scripts.checkpoint import newest_whole
+        """The step to go on from, None for a fresh start (checkpoints.newest_whole). Says so to whoever expects another."""
+        from scripts.tools.checkpoints import newest_whole
 
         newest = newest_whole(self.directory / "checkpoints", self.say)
         if newest is not None:
@@ -70,8 +70,8 @@ def run_rank(directory: Path, work: Callable[[Rank], None]) -> None:
     """Do a rank's work; leave its error where the parent looks."""
     die_with_parent()
     rank, number = Rank(directory), os.environ["RANK"]
-    attempt = rundir.read_json(rank.directory / "attempts" / f"{rank.attempt_number}.json")
-    if attempt["host"] == socket.gethostname() and not rundir.alive(attempt):
+    attempt = files.read_json(rank.directory / "attempts" / f"{rank.attempt_number}.json")
+    if attempt["host"] == socket.gethostname() and not attempts.alive(attempt):
         sys.exit("the stage script died while this rank was started")  # before it could ask for the signal
     try:
         work(rank)
@@ -88,5 +88,5 @@ def run_rank(directory: Path, work: Callable[[Rank], None]) -> None:
         }
         path = rank.directory / "logs" / f"error-{rank.attempt_number}-{number}.json"
         with contextlib.suppress(OSError):  # a full disk must not hide the error
-            rundir.write_atomic(path, json.dumps(content))
+            files.write_atomic(path, json.dumps(content))
         raise

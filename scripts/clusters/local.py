@@ -14,9 +14,10 @@ import sys
 import time
 from pathlib import Path
 
-from scripts import preflight, report, rundir
-from scripts.errors import DONE, InputError
-from scripts.process import die_with_parent
+from scripts.launcher import report
+from scripts.run import attempts, layout, preflight
+from scripts.run.errors import DONE, InputError
+from scripts.run.processes import die_with_parent
 
 BIND = "127.0.0.1"  # where deploy listens unless told otherwise
 
@@ -34,7 +35,7 @@ def problems(submission) -> list[str]:
 def command(submission) -> tuple[dict[str, str], list[str]]:
     """Environment (torchrun's own PET_* names) and command line of the in-job script."""
     env = {"PET_NNODES": str(submission.nodes), "PET_NPROC_PER_NODE": str(submission.gpus)}
-    return env, [".venv/bin/python", "-m", f"scripts.{submission.stage}", rundir.relative(submission.directory)]
+    return env, [".venv/bin/python", "-m", f"scripts.{submission.stage}", layout.relative(submission.directory)]
 
 
 def command_line(submission, after: str = "") -> str:
@@ -59,7 +60,7 @@ def submit(submission, after: str = "") -> int:
     # In a session of its own: the terminal's Ctrl-C would reach the stage beside the one that is passed on, and a
     # second one means: leave without saving. A closed terminal kills the launcher, and the stage saves and leaves.
     child = subprocess.Popen(
-        words, cwd=rundir.ROOT, env=environment, start_new_session=True, preexec_fn=lambda: die_with_parent(signal.SIGTERM)
+        words, cwd=layout.ROOT, env=environment, start_new_session=True, preexec_fn=lambda: die_with_parent(signal.SIGTERM)
     )
     handlers = {}
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -81,7 +82,7 @@ def _serve(submission, words: list[str], environment: dict[str, str]) -> int:
     said = submission.directory / "service.log"
     with open(said, "w", encoding="utf-8") as output:
         child = subprocess.Popen(
-            words, cwd=rundir.ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            words, cwd=layout.ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
     began, terminal = time.monotonic(), sys.stdout.isatty()
     try:
@@ -105,16 +106,16 @@ def _serve(submission, words: list[str], environment: dict[str, str]) -> int:
 def stop(directory: Path, save: bool) -> None:
     """Ask the running stage to save and leave, or to leave, and wait until its process is gone. A service has nothing to
     save: if it has not left after half a minute, it is killed."""
-    attempt = rundir.running(directory)
+    attempt = attempts.running(directory)
     if not attempt:
         return
     if attempt["host"] != socket.gethostname():  # its pid names some other process here
-        raise InputError(rundir.already_running(directory, attempt))
+        raise InputError(attempts.already_running(directory, attempt))
     os.kill(attempt["pid"], signal.SIGTERM)
     if not save:
         os.kill(attempt["pid"], signal.SIGUSR1)  # the second signal; another one, since two alike may arrive as one
     asked = time.monotonic()
-    while rundir.process_start(attempt["pid"]) == attempt["process_start"]:
+    while attempts.process_start(attempt["pid"]) == attempt["process_start"]:
         time.sleep(0.1)
         if directory.name == "deploy" and time.monotonic() - asked > 30:
             os.kill(attempt["pid"], signal.SIGKILL)

@@ -13,8 +13,8 @@ import random
 import re
 from dataclasses import dataclass
 
-from scripts.corpus import Corpus, conversation
-from scripts.errors import InputError
+from scripts.corpus.sources import Corpus, conversation
+from scripts.run.errors import InputError
 
 CHOICES = 4  # answers per multiple-choice question: chance is 1 / CHOICES
 KEY_WORDS = 4  # a sentence of fewer words is too common to hold out ("Return self.")

@@ -18,7 +18,7 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scripts.errors import InputError
+from scripts.run.errors import InputError
 
 FORMS = (
     '{"text": "…"}, {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}, '

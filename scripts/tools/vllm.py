@@ -11,10 +11,11 @@ import urllib.request
 from importlib import metadata
 from pathlib import Path
 
-from scripts import compat, rundir
-from scripts.errors import InputError
-from scripts.process import die_with_parent
-from scripts.stage import Stage
+from scripts.job.stage import Stage
+from scripts.run import files
+from scripts.run.errors import InputError
+from scripts.run.processes import die_with_parent
+from scripts.tools import patches
 
 ALL_INTERFACES = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104  where to reach a server bound to them
 
@@ -43,7 +44,7 @@ def api_key(stage: Stage) -> str:
         return stage.path("API_KEY_FILE").read_text().strip()
     path = stage.directory / "api-key"
     if not path.exists():
-        rundir.write_atomic(path, secrets.token_hex(24) + "\n", mode=0o600)
+        files.write_atomic(path, secrets.token_hex(24) + "\n", mode=0o600)
     return path.read_text().strip()
 
 
@@ -59,12 +60,12 @@ def serve(stage: Stage) -> None:
         "--port",
         stage.facts["PORT"],
         "--middleware",
-        "scripts.guard.Guard",
+        "scripts.tools.allowlist.Guard",
         *stage.arguments,
     ]
     from vllm.entrypoints.launchers.api_server.entry import main as vllm
 
-    compat.vllm_engine_by_fork()
+    patches.vllm_engine_by_fork()
 
     try:
         vllm()
@@ -96,4 +97,4 @@ def announce(stage: Stage, address: Path, model: dict) -> None:
         "forced": "FORCE" in stage.facts,
         "ready_seconds": round(time.monotonic() - began, 1),
     }
-    rundir.write_atomic(address, rundir.dump_json(content))
+    files.write_atomic(address, files.dump_json(content))

@@ -11,9 +11,12 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scripts import local, modeldir, preflight, report, rundir, slurm
-from scripts.errors import InputError
-from scripts.rundir import ROOT, STAGES, TRAINED, as_fact, dump_json, read_json, record, relative, stage_dir
+from scripts.clusters import local, slurm
+from scripts.launcher import report
+from scripts.run import attempts, files, layout, modeldir, preflight
+from scripts.run.errors import InputError
+from scripts.run.files import dump_json, read_json
+from scripts.run.layout import ROOT, STAGES, TRAINED, as_fact, record, relative, stage_dir
 
 CLUSTERS = {"local": local, "slurm": slurm}
 CONFIGS = ROOT / "configs"
@@ -76,7 +79,7 @@ def read_request(verb: str, env: dict[str, str]) -> Request:
     path = lambda name: os.path.expanduser(get(name))  # noqa: E731  sh leaves ~ alone behind NAME=
     model, cluster = get("MODEL", "debug"), get("CLUSTER", "local")
     run = get("RUN", model)
-    found += rundir.check_run_name(run)
+    found += layout.check_run_name(run)
     configs = {p.stem for stage in STAGES for p in (CONFIGS / stage).glob("*.*") if p.name.count(".") == 1}
     models = sorted(configs | folder_names(CONFIGS / "models"))
     if model not in models and verb in (*STAGES, "pipeline"):
@@ -173,7 +176,7 @@ def plan(request: Request, stage: str, pending: tuple[str, ...] = ()) -> Submiss
     found += CLUSTERS[request.cluster].problems(submission)
     if found:
         raise InputError(found)
-    submission.files["stage.env"] = rundir.format_env(facts)
+    submission.files["stage.env"] = files.format_env(facts)
     submission.files["args.json"] = dump_json(request.args.get(stage, []))
     return submission
 
@@ -241,7 +244,7 @@ def _check_service(request: Request, facts: dict[str, str], model: Path | None, 
     found = []
     if not request.port.isdigit() or not 0 < int(request.port) < 65536:
         found.append(f"PORT={request.port}: give a number from 1 to 65535; for example PORT=8001")
-    elif request.cluster == "local" and not request.dry_run and not rundir.running(stage_dir(request.run, "deploy")):
+    elif request.cluster == "local" and not request.dry_run and not attempts.running(stage_dir(request.run, "deploy")):
         found += preflight.port_problems(request.bind, int(request.port), patience=1)
     if request.api_key_file:
         facts["API_KEY_FILE"] = as_fact(Path(request.api_key_file))
@@ -273,12 +276,12 @@ def differences(submission: Submission) -> list[str]:
         if old == text:
             continue
         if name == "stage.env":
-            before, now = rundir.read_env(path), dict(line.split("=", 1) for line in text.splitlines())
+            before, now = files.read_env(path), dict(line.split("=", 1) for line in text.splitlines())
             for key in sorted(before.keys() | now.keys()):
-                if rundir.format_env({key: before.get(key, "")}) != f"{key}={now.get(key, '')}\n":
-                    found.append(f"{key} was {before.get(key, 'not set')}, now {rundir.unquote(now.get(key, 'not set'))}")
+                if files.format_env({key: before.get(key, "")}) != f"{key}={now.get(key, '')}\n":
+                    found.append(f"{key} was {before.get(key, 'not set')}, now {files.unquote(now.get(key, 'not set'))}")
         elif name == "args.json":
-            before, now = (shlex.join(words) or "none" for words in (rundir.read_json(path), json.loads(text)))
+            before, now = (shlex.join(words) or "none" for words in (files.read_json(path), json.loads(text)))
             found.append(f"ARGS were {before}, now {now}")
         else:
             found.append(f"{name} has changed since (the run's copy: {relative(path)})")

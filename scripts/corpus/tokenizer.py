@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from scripts.errors import InputError
+from scripts.run.errors import InputError
 
 BOS, EOS, END_OF_TURN = "<|begin|>", "<|end_of_text|>", "<|end_of_turn|>"
 SPECIAL_TOKENS = [BOS, EOS, END_OF_TURN, "<|system|>", "<|user|>", "<|assistant|>"]

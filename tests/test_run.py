@@ -8,37 +8,37 @@ import sys
 
 import pytest
 
-from scripts import rundir
-from scripts.errors import InputError
+from scripts.run import attempts, digests, files, layout
+from scripts.run.errors import InputError
 
 
 @pytest.mark.parametrize("name", ["my-run", "a", "0", "a" * 40])
 def test_good_names(name):
-    assert rundir.check_run_name(name) == []
+    assert layout.check_run_name(name) == []
 
 
 @pytest.mark.parametrize("name", ["my run", "a/b", "a.b", "Run", "a" * 80, "", "-a", "a-", "ä", "a\nb"])
 def test_bad_names(name):
-    assert "RUN=" in rundir.check_run_name(name)[0]
+    assert "RUN=" in layout.check_run_name(name)[0]
 
 
 def test_facts_survive_any_text_and_hold_no_shell(tmp_path):
     facts = {"FROM": "/a path/with $HOME `id` 'quotes'", "DATA": "ü%20\n;", "EMPTY": ""}
-    text = rundir.format_env(facts)
+    text = files.format_env(facts)
     assert set(text) <= set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_./:,=@%+-\n")
     (tmp_path / "stage.env").write_text(text)
-    assert rundir.read_env(tmp_path / "stage.env") == facts
+    assert files.read_env(tmp_path / "stage.env") == facts
 
 
 def test_of_two_launches_one_wins(tmp_path):
     code = (
-        "import sys, pathlib; from scripts import rundir; from scripts.errors import InputError\n"
+        "import sys, pathlib; from scripts.run import attempts; from scripts.run.errors import InputError\n"
         "sys.stdin.readline()\n"
-        "try:\n    rundir.begin_attempt(pathlib.Path(sys.argv[1])); print('won', flush=True); sys.stdin.readline()\n"
+        "try:\n    attempts.begin_attempt(pathlib.Path(sys.argv[1])); print('won', flush=True); sys.stdin.readline()\n"
         "except InputError as e: print('refused:', e, flush=True)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": rundir.ROOT}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": layout.ROOT}
     racers = [subprocess.Popen(command, **pipes) for _ in range(8)]
     for racer in racers:
         racer.stdin.write("\n")
@@ -51,40 +51,40 @@ def test_of_two_launches_one_wins(tmp_path):
 
 
 def test_a_dead_attempt_is_followed_by_the_next(tmp_path):
-    code = "import sys, pathlib; from scripts import rundir; rundir.begin_attempt(pathlib.Path(sys.argv[1]))"
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=rundir.ROOT)
-    assert rundir.status(tmp_path) == "lost"
-    attempt = rundir.begin_attempt(tmp_path)
+    code = "import sys, pathlib; from scripts.run import attempts; attempts.begin_attempt(pathlib.Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=layout.ROOT)
+    assert attempts.status(tmp_path) == "lost"
+    attempt = attempts.begin_attempt(tmp_path)
     assert attempt["attempt"] == 2
-    assert rundir.status(tmp_path) == "running"
+    assert attempts.status(tmp_path) == "running"
     with pytest.raises(InputError, match="running already"):
-        rundir.begin_attempt(tmp_path)
-    rundir.end_attempt(tmp_path, attempt, 75, "stopped")
-    assert rundir.status(tmp_path) == "stopped"
+        attempts.begin_attempt(tmp_path)
+    attempts.end_attempt(tmp_path, attempt, 75, "stopped")
+    assert attempts.status(tmp_path) == "stopped"
 
 
 def test_a_clock_that_was_set_back_changes_nothing(tmp_path, monkeypatch):
     for number, offset in ((1, 0), (2, -86400)):
-        monkeypatch.setattr(rundir.time, "time", lambda offset=offset: 1e9 + offset)
-        attempt = rundir.begin_attempt(tmp_path)
+        monkeypatch.setattr(attempts.time, "time", lambda offset=offset: 1e9 + offset)
+        attempt = attempts.begin_attempt(tmp_path)
         assert attempt["attempt"] == number
-        rundir.end_attempt(tmp_path, attempt, 75 if number == 2 else 1)
+        attempts.end_attempt(tmp_path, attempt, 75 if number == 2 else 1)
         assert 0 <= attempt["seconds"] < 10
-    assert rundir.status(tmp_path) == "stopped", "the newest is the one with the highest number"
+    assert attempts.status(tmp_path) == "stopped", "the newest is the one with the highest number"
 
 
 def test_a_reused_pid_is_not_the_old_process(tmp_path):
-    attempt = rundir.begin_attempt(tmp_path)
+    attempt = attempts.begin_attempt(tmp_path)
     attempt["process_start"] = "1"  # as if this pid had belonged to another process
-    rundir.write_atomic(tmp_path / "attempts" / "1.json", json.dumps(attempt))
-    assert rundir.running(tmp_path) is None
+    files.write_atomic(tmp_path / "attempts" / "1.json", json.dumps(attempt))
+    assert attempts.running(tmp_path) is None
 
 
 def test_another_host_counts_as_running_until_it_ends(tmp_path):
-    attempt = {**rundir.begin_attempt(tmp_path), "host": "elsewhere"}
-    rundir.write_atomic(tmp_path / "attempts" / "1.json", json.dumps(attempt))
+    attempt = {**attempts.begin_attempt(tmp_path), "host": "elsewhere"}
+    files.write_atomic(tmp_path / "attempts" / "1.json", json.dumps(attempt))
     with pytest.raises(InputError, match="elsewhere"):
-        rundir.begin_attempt(tmp_path)
+        attempts.begin_attempt(tmp_path)
 
 
 def test_digest_is_what_the_documented_shell_line_prints(tmp_path):
@@ -93,18 +93,18 @@ def test_digest_is_what_the_documented_shell_line_prints(tmp_path):
     (tmp_path / "sub dir" / "a").write_text("2")
     line = "cd \"$1\" && find . -type f | sed 's,^./,,' | LC_ALL=C sort | xargs -d'\\n' sha256sum | sha256sum"
     shell = subprocess.run(["sh", "-c", line, "-", str(tmp_path)], capture_output=True, text=True, check=True)
-    assert rundir.digest_tree(tmp_path) == "sha256:" + shell.stdout.split()[0]
+    assert digests.digest_tree(tmp_path) == "sha256:" + shell.stdout.split()[0]
 
 
 def test_a_write_leaves_the_whole_old_file_or_the_whole_new_one(tmp_path, monkeypatch):
     file = tmp_path / "f"
-    rundir.write_atomic(file, "old")
+    files.write_atomic(file, "old")
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        rundir.write_atomic(file, "new")
+        files.write_atomic(file, "new")
     assert file.read_text() == "old"
 
 
 def test_sha256_reads_in_blocks(tmp_path):
     (tmp_path / "f").write_bytes(b"x" * (1 << 21))
-    assert rundir.sha256(tmp_path / "f") == hashlib.sha256(b"x" * (1 << 21)).hexdigest()
+    assert digests.sha256(tmp_path / "f") == hashlib.sha256(b"x" * (1 << 21)).hexdigest()

@@ -9,8 +9,8 @@ import re
 import subprocess
 from pathlib import Path
 
-from scripts.preflight import venv_problems
-from scripts.rundir import ROOT
+from scripts.run.layout import ROOT
+from scripts.run.preflight import venv_problems
 
 SITE = "slurm/site.env"
 

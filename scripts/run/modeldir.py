@@ -11,8 +11,10 @@ import shutil
 import struct
 from pathlib import Path
 
-from scripts.errors import InputError
-from scripts.rundir import as_fact, digest_tree, dump_json, read_json, write_atomic
+from scripts.run.digests import digest_tree
+from scripts.run.errors import InputError
+from scripts.run.files import dump_json, read_json, write_atomic
+from scripts.run.layout import as_fact
 
 ARCHITECTURES = ("LlamaForCausalLM",)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")

@@ -15,8 +15,8 @@ import threading
 import time
 from pathlib import Path
 
-from scripts import rundir
-from scripts.errors import DONE, InputError
+from scripts.run import attempts, files
+from scripts.run.errors import DONE, InputError
 
 
 def rank() -> int:
@@ -27,18 +27,18 @@ def rank() -> int:
 
 
 def _call_file(directory: Path) -> Path:
-    return directory / "attempts" / f"{rundir.this_start()}.call"
+    return directory / "attempts" / f"{attempts.this_start()}.call"
 
 
 def call(directory: Path, attempt: int | None) -> None:
     """Node 0: start the ranks of this attempt everywhere; None: leave. Nothing to do on one node."""
     if int(os.environ.get("PET_NNODES", "1")) > 1:
-        rundir.write_atomic(_call_file(directory), "" if attempt is None else str(attempt))
+        files.write_atomic(_call_file(directory), "" if attempt is None else str(attempt))
 
 
 def follow(stage) -> None:
     """Any other node: this node's ranks, from node 0's call to node 0's end. Exits, never returns."""
-    from scripts.stage import RankFailed, Stopped
+    from scripts.job.stage import RankFailed, Stopped
 
     def asked(*_: object) -> None:
         stage.stop_requested = True  # node 0 hears it, too, and does what there is to do
@@ -74,4 +74,4 @@ def _note(stage, fault: str) -> None:
     if not stage.errors():
         content = {"rank": f"on node {rank()}", "time": time.time(), "error": fault, "problems": []}
         path = stage.directory / "logs" / f"error-{stage.attempt_number}-node{rank()}.json"
-        rundir.write_atomic(path, json.dumps(content))
+        files.write_atomic(path, json.dumps(content))

@@ -1,0 +1,6 @@
+"""What configs name by `_component_`: looked up by torchtune, each made in scripts/tools."""
+
+from scripts.tools.architecture import torchtune_lora_model, torchtune_model
+from scripts.tools.chat_tokenizer import ChatTokenizer
+
+__all__ = ["ChatTokenizer", "torchtune_lora_model", "torchtune_model"]
