@@ -2,21 +2,26 @@
 
 .NOTPARALLEL:
 PYTHON  ?= python3
-RUN     ?=
 MODEL   ?= debug
 CLUSTER ?= local
-export RUN MODEL CLUSTER NODES GPUS FROM DATA ARGS STAGE DRY_RUN FORCE BIND PORT API_KEY_FILE PROMPT RUNS
-export PRETRAIN_ARGS FINETUNE_ARGS ALIGN_ARGS EVALUATE_ARGS DEPLOY_ARGS
+OPTIONS := RUN MODEL CLUSTER NODES GPUS FROM DATA ARGS STAGE DRY_RUN FORCE BIND PORT API_KEY_FILE \
+  PROMPT RUNS PRETRAIN_ARGS FINETUNE_ARGS ALIGN_ARGS EVALUATE_ARGS DEPLOY_ARGS
+# As they were given: make would read a $ in them as its own variable, and run a $(shell …).
+$(foreach name,$(OPTIONS),$(eval override $(name) := $$(value $(name))))
+export $(OPTIONS)
 
 LAUNCH := $(PYTHON) -m scripts.launch
-VENV    = $(if $(or $(DRY_RUN),$(filter-out local,$(CLUSTER))),,.venv/installed)
+VENV   := $(if $(or $(filter-out 0,$(DRY_RUN)),$(filter-out local,$(CLUSTER))),,.venv/installed)
+TEST   := .venv/bin/python -m pytest -q
+LAUNCHER := scripts/run scripts/clusters scripts/launcher
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo pipeline data pretrain finetune align evaluate deploy undeploy chat status logs lineage stop cancel clean \
-        test test-all test-slurm lint lock golden
+.PHONY: help setup demo pipeline data pretrain finetune align evaluate deploy undeploy chat status \
+  logs lineage stop cancel clean test test-all test-slurm lint lock golden
 
 help: ## This help
-	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
+	  /^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@printf '\nVariables\n'
 	@printf '  %-22s %s\n' \
 	  'RUN=name' 'the run (default: the model'"'"'s name); MODEL=debug NODES=1; CLUSTER=slurm' \
@@ -24,14 +29,13 @@ help: ## This help
 	  'RUNS=folder' 'where runs are (default: runs/ here); in every command of a run' \
 	  'DATA=file|folder' '.txt or .jsonl; default: the documentation inside this Python' \
 	  'FROM=dir' 'start from this Hugging Face directory' \
-	  'ARGS="…"' 'arguments of the upstream tool; for pipeline: PRETRAIN_ARGS=… and so on' \
+	  'ARGS="..."' 'arguments of the upstream tool; for pipeline: PRETRAIN_ARGS=… and so on' \
 	  'BIND= PORT= FORCE=1' 'deploy: address, port, serve without a verdict; API_KEY_FILE=…' \
 	  'DRY_RUN=1' 'print what would run, to read or paste; touch nothing'
 
 ##@ The line
-demo: export RUN := demo
 demo: $(VENV) ## All stages on this machine with the debug model, from text to a served answer
-	@$(LAUNCH) pipeline
+	@RUN=$${RUN:-demo} $(LAUNCH) pipeline
 pipeline: $(VENV) ## All stages of RUN in order, going on from the first that is not done
 	@$(LAUNCH) $@
 data: $(VENV) ## Corpus → tokenizer, training and held-out sets
@@ -47,7 +51,7 @@ evaluate: $(VENV) ## Scores and the verdict that deploy asks for, with lm-eval
 deploy: $(VENV) ## Serve the model with vLLM's OpenAI API, in the background
 	@$(LAUNCH) $@
 chat: ## Talk to the served model; PROMPT="…" asks once
-	@$(PYTHON) -m scripts.launcher.chat
+	@$(LAUNCH) chat
 undeploy: ## Stop serving
 	@$(LAUNCH) $@
 
@@ -70,17 +74,18 @@ setup: .venv/installed ## Install .venv from the lock (every target does it by i
 .venv/installed: requirements/cpu.lock requirements/dev.lock requirements/install.sh
 	@PYTHON=$(PYTHON) sh requirements/install.sh
 test: .venv/installed ## The fast tests
-	@.venv/bin/python -m pytest -q -m "not slow" tests
-test-all: .venv/installed ## Every test, the whole line included
-	@.venv/bin/python -m pytest -q --durations=12 tests
-test-slurm: .venv/installed ## The Slurm tests, on a Slurm of their own; RELAY_SLURM=site: on this cluster
-	@.venv/bin/python -m pytest -q --durations=12 tests/test_slurm_text.py tests/test_slurm.py
-lint: .venv/installed ## ruff, shellcheck, vermin, sbatch headers
+	@$(TEST) -m "not slow" tests
+test-all: test ## Every test, the whole line included
+	@$(TEST) -n 2 --durations=12 -m slow tests
+test-slurm: .venv/installed ## The Slurm tests, on their own Slurm; RELAY_SLURM=site: on this one
+	@$(TEST) --durations=12 tests/test_slurm_text.py tests/test_slurm.py
+lint: .venv/installed ## ruff, mypy, shellcheck, vermin, sbatch headers
 	@.venv/bin/python -m ruff check . && .venv/bin/python -m ruff format --check .
+	@.venv/bin/python -m mypy
 	@.venv/bin/shellcheck -x requirements/*.sh .ci/run slurm/*.sh slurm/*.sbatch
 	@bash slurm/lint.sh
-	@.venv/bin/vermin -q --no-tips --violations -t=3.9- scripts/launch.py scripts/run scripts/clusters scripts/launcher
+	@.venv/bin/vermin -q --no-tips --violations -t=3.9- scripts/launch.py $(LAUNCHER)
 lock: ## Resolve requirements/*.in anew into *.lock
 	@sh requirements/lock.sh
 golden: ## Write tests/golden/ anew from DRY_RUN=1
-	@.venv/bin/python -m tests.golden
+	@.venv/bin/python -m tests.support.goldens

@@ -1,6 +1,9 @@
-"""What the demo's settings learn, over seeds, with the controls: the tables and the picture of docs/demo.md.
+"""What the demo's settings learn, over seeds, with the controls: the tables and the picture of
+docs/demo.md.
 
-    make data RUN=demo && .venv/bin/python -m bench.learning 0 1 2        # about six minutes a seed on two cores
+    make data RUN=demo && .venv/bin/python -m bench.learning 0 1 2
+
+It takes about six minutes a seed on two cores.
 
 Runs are named seed-<n>-…; finished stages are not run again, so an interrupted bench goes on.
 """
@@ -11,25 +14,35 @@ import subprocess
 import sys
 from pathlib import Path
 
-from scripts.run import layout
-from tests.stats import loss_curve, mcnemar_p, mean_and_error, metric, paired_t
+from bench.measures import (
+    ROOT,
+    TRAINED,
+    loss_curve,
+    mcnemar_p,
+    mean_and_error,
+    metric,
+    paired_t,
+    stage_dir,
+)
 
 TASKS = "--tasks relay_text,relay_choice,relay_choice_shuffled,relay_preference"
 
 
 def make(target: str, run: str, **options: str) -> None:
-    """One make target; its output is not shown unless it fails."""
-    options = {"DATA": str(layout.stage_dir("demo", "data")), **options}
+    """Run one make target; its output is not shown unless it fails."""
+    options = {"DATA": str(stage_dir("demo", "data")), **options}
     words = ["make", "-s", target, f"RUN={run}", *(f"{k}={v}" for k, v in options.items())]
-    subprocess.run(words, cwd=layout.ROOT, check=True, stdout=subprocess.DEVNULL, env={**os.environ})
+    subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, env={**os.environ})
 
 
 def evaluate(run: str, model: Path) -> dict:
-    """Per-item outcomes and bits per byte of one model on every task."""
+    """Return per-item outcomes and bits per byte of one model on every task."""
     make("evaluate", run, FROM=str(model), ARGS=TASKS)
-    evaluation = layout.stage_dir(run, "evaluate")
+    evaluation = stage_dir(run, "evaluate")
     return {
-        "bits": json.loads((evaluation / "verdict.json").read_text())["scores"]["relay_text/bits_per_byte"],
+        "bits": json.loads((evaluation / "verdict.json").read_text())["scores"][
+            "relay_text/bits_per_byte"
+        ],
         "choice": metric(evaluation, "relay_choice", "acc_mutual_info"),
         "plain": metric(evaluation, "relay_choice", "acc"),
         "shuffled": metric(evaluation, "relay_choice_shuffled", "acc_mutual_info"),
@@ -38,30 +51,40 @@ def evaluate(run: str, model: Path) -> dict:
 
 
 def seed_rows(seed: str) -> list[str]:
-    """Markdown rows of one seed: the model untrained and after each stage."""
+    """Return the Markdown rows of one seed: the model untrained and after each stage."""
     run = f"seed-{seed}"
-    make("pretrain", f"{run}-untrained", ARGS=f"--debug.seed {seed} --training.steps 1 --optimizer.lr 0")
+    make(
+        "pretrain",
+        f"{run}-untrained",
+        ARGS=f"--debug.seed {seed} --training.steps 1 --optimizer.lr 0",
+    )
     make("pretrain", run, ARGS=f"--debug.seed {seed}")
     make("finetune", run, ARGS=f"seed={seed}")
     make("align", run, ARGS=f"seed={seed}")
-    models = {"untrained": layout.stage_dir(f"{run}-untrained", "pretrain") / "model"}
-    models |= {stage: layout.stage_dir(run, stage) / "model" for stage in layout.TRAINED}
+    models = {"untrained": stage_dir(f"{run}-untrained", "pretrain") / "model"}
+    models |= {stage: stage_dir(run, stage) / "model" for stage in TRAINED}
     found = {name: evaluate(f"{run}-after-{name}", model) for name, model in models.items()}
     rows = []
     for name, values in found.items():
-        cells = [f"{m:.3f} ± {e:.3f}" for m, e in (mean_and_error(values[k]) for k in ("choice", "plain", "shuffled"))]
+        cells = [
+            f"{m:.3f} ± {e:.3f}"
+            for m, e in (mean_and_error(values[k]) for k in ("choice", "plain", "shuffled"))
+        ]
         margin, error = mean_and_error(values["margin"])
         note = ""
         if name == "finetune":
-            note = f"McNemar against pretrain: p = {mcnemar_p(found['pretrain']['choice'], values['choice']):.1g}"
+            p = mcnemar_p(found["pretrain"]["choice"], values["choice"])
+            note = f"McNemar against pretrain: p = {p:.1g}"
         if name == "align":
-            note = f"margin against finetune: paired t = {paired_t(found['finetune']['margin'], values['margin']):.1f}"
-        rows.append(f"| {seed} | {name} | {values['bits']:.3f} | {' | '.join(cells)} | {margin:.2f} ± {error:.2f} | {note} |")
+            t = paired_t(found["finetune"]["margin"], values["margin"])
+            note = f"margin against finetune: paired t = {t:.1f}"
+        cells = [seed, name, f"{values['bits']:.3f}", *cells, f"{margin:.2f} ± {error:.2f}", note]
+        rows.append(f"| {' | '.join(cells)} |")
     return rows
 
 
 def picture(seeds: list[str], path: Path) -> None:
-    """The pretraining loss curves of all seeds as an SVG."""
+    """Draw the pretraining loss curves of all seeds as an SVG."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -70,7 +93,7 @@ def picture(seeds: list[str], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "demo"  # the same curves give the same file
     figure, axes = plt.subplots(figsize=(6, 3.2))
     for seed in seeds:
-        points = loss_curve(layout.stage_dir(f"seed-{seed}", "pretrain") / "metrics")
+        points = loss_curve(stage_dir(f"seed-{seed}", "pretrain") / "metrics")
         axes.plot(*zip(*points), label=f"seed {seed}", linewidth=1)
     axes.set(xlabel="step", ylabel="loss, nats per token", title="Pretraining")
     axes.legend()
@@ -80,8 +103,11 @@ def picture(seeds: list[str], path: Path) -> None:
 
 if __name__ == "__main__":
     seeds = sys.argv[1:] or ["0", "1", "2"]
-    print("| seed | after | bits per byte | choice (mutual information) | choice (plain) | shuffled questions | margin, nats | |")
+    print(
+        "| seed | after | bits per byte | choice (mutual information) | choice (plain) "
+        "| shuffled questions | margin, nats | |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for seed in seeds:
         print("\n".join(seed_rows(seed)), flush=True)
-    picture(seeds, layout.ROOT / "docs" / "demo-loss.svg")
+    picture(seeds, ROOT / "docs" / "demo-loss.svg")

@@ -1,11 +1,13 @@
-"""What the line costs beside its work: the tables of docs/benchmarks.md. Ratios within one run; machines are noisy.
+"""What the line costs beside its work: the tables of docs/benchmarks.md. Ratios within one run;
+machines are noisy.
 
     make demo && .venv/bin/python -m bench.operations demo overhead saves restart serving
 
-Every table reads or copies the finished run "demo", which must be served for `serving`. `slurm` needs no demo, but
-Debian's Slurm (tests/lab.py).
+Every table reads or copies the finished run "demo", which must be served for `serving`. `slurm`
+needs a Slurm instead: bench/slurm_pipeline.py.
 """
 
+import inspect
 import json
 import os
 import shutil
@@ -19,35 +21,28 @@ import time
 import urllib.request
 from pathlib import Path
 
+from bench.measures import ROOT, RUNS, STAGES, TRAINED, quiet, stage_dir, step_times
+from bench.slurm_pipeline import slurm
 from scripts.job.rank import Rank
-from scripts.run import attempts, files, layout
-from tests.stats import step_times
+from scripts.run import attempts, files
 
-DEMO = layout.runs_root() / "demo"
+DEMO = RUNS / "demo"
 ROUNDS = int(os.environ.get("ROUNDS", "2"))
 SET = {"finetune": "sft.jsonl", "align": "preference.jsonl"}
 
 
-def quiet(words: list[str], env: dict[str, str] | None = None, cwd: Path = layout.ROOT) -> float:
-    """Seconds that a command took; its output is shown only if it fails."""
-    began = time.monotonic()
-    done = subprocess.run(words, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{words}\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
-    return time.monotonic() - began
-
-
 def options(stage: str) -> list[str]:
-    """How to run a stage of the demo again, in a run of its own."""
+    """Return the options that run a stage of the demo again, in a run of its own."""
     facts = files.read_env(DEMO / stage / "stage.env")
     source = [f"FROM={facts['FROM']}"] if "FROM" in facts else []
     return [f"DATA={DEMO / 'data'}", *source]
 
 
 def work_seconds(stage: str) -> float:
-    """Seconds of a stage's own work: the steps of a training, lm-eval's evaluation after its imports, all of data's."""
+    """Return the seconds of a stage's own work: the steps of a training, lm-eval's evaluation after
+    its imports, all of data's."""
     directory = DEMO / stage
-    if stage in layout.TRAINED:
+    if stage in TRAINED:
         steps = step_times(directory / "metrics")
         return (steps[-1][1] - steps[0][1]) * steps[-1][0] / (steps[-1][0] - steps[0][0])
     if stage == "evaluate":
@@ -60,8 +55,12 @@ def demo() -> None:
     """Work and all else, for each stage of the finished demo."""
     print("| stage | seconds | of it work | start-up and glue |\n|---|---|---|---|")
     walls, works = [], []
-    for stage in layout.STAGES:
-        wall = json.loads((DEMO / stage / "server.json").read_text())["ready_seconds"] if stage == "deploy" else None
+    for stage in STAGES:
+        wall = (
+            json.loads((DEMO / stage / "server.json").read_text())["ready_seconds"]
+            if stage == "deploy"
+            else None
+        )
         walls.append(wall or attempts.history(DEMO / stage)[-1]["seconds"])
         works.append(work_seconds(stage))
         print(f"| {stage} | {walls[-1]:.0f} | {works[-1]:.0f} | {1 - works[-1] / walls[-1]:.0%} |")
@@ -84,20 +83,54 @@ main(Trainer)
 
 
 def bare_command(stage: str, folder: Path) -> tuple[list[str], dict[str, str], Path]:
-    """The upstream tool alone doing a stage's work: command, environment, working directory."""
+    """Return how the upstream tool alone does a stage's work: command, environment, working
+    directory."""
     os.environ["RELAY_ATTEMPT"] = "1"
     rank, python = Rank(DEMO / stage), sys.executable
-    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    one |= {"PYTHONPATH": str(layout.ROOT), "HF_HUB_OFFLINE": "1"}
+    one = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
+    one |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     if stage == "pretrain":
         from scripts.tools.torchtitan import overrides
 
-        words = [python, "-c", BARE_PRETRAIN, str(rank.directory), "--job.config_file", str(rank.config), *overrides(rank)]
-        return [*words, "--job.dump_folder", str(folder)], one, layout.ROOT
+        words = [
+            python,
+            "-c",
+            BARE_PRETRAIN,
+            str(rank.directory),
+            "--job.config_file",
+            str(rank.config),
+            *overrides(rank),
+        ]
+        return [*words, "--job.dump_folder", str(folder)], one, ROOT
     if stage == "evaluate":
-        words = [python, "-m", "lm_eval", "run", "--config", str(rank.config), "--include_path", str(rank.directory / "tasks")]
-        words += ["--model_args", f"pretrained={rank.path('FROM')},dtype=float32", "--output_path", str(folder), "--log_samples"]
-        return words, {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}, rank.path("DATA")
+        words = [
+            python,
+            "-m",
+            "lm_eval",
+            "run",
+            "--config",
+            str(rank.config),
+            "--include_path",
+            str(rank.directory / "tasks"),
+        ]
+        words += [
+            "--model_args",
+            f"pretrained={rank.path('FROM')},dtype=float32",
+            "--output_path",
+            str(folder),
+            "--log_samples",
+        ]
+        return (
+            words,
+            {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")},
+            rank.path("DATA"),
+        )
     from omegaconf import OmegaConf
 
     from scripts.tools.torchtune import OWN_KEYS, find_recipe, load_config
@@ -109,19 +142,19 @@ def bare_command(stage: str, folder: Path) -> tuple[list[str], dict[str, str], P
     config.output_dir = config.checkpointer.output_dir = str(folder / "out")
     config.metric_logger.log_dir = str(folder / "metrics")
     OmegaConf.save(config, folder / "config.yaml")
-    return [python, str(recipe), "--config", str(folder / "config.yaml")], one, layout.ROOT
+    return [python, str(recipe), "--config", str(folder / "config.yaml")], one, ROOT
 
 
 def overhead() -> None:
     """A stage through make against its upstream tool alone, by turns, ROUNDS times; medians."""
     print("| stage | through make, s | bare upstream, s | ratio |\n|---|---|---|---|")
-    for stage in (*layout.TRAINED, "evaluate"):
+    for stage in (*TRAINED, "evaluate"):
         ours, bare = [], []
         for _ in range(ROUNDS):
             with tempfile.TemporaryDirectory() as folder:
                 words, env, cwd = bare_command(stage, Path(folder))
                 bare.append(quiet(words, env, cwd))
-            shutil.rmtree(layout.runs_root() / "bench", ignore_errors=True)
+            shutil.rmtree(RUNS / "bench", ignore_errors=True)
             ours.append(quiet(["make", "-s", stage, "RUN=bench", *options(stage)]))
         a, b = statistics.median(ours), statistics.median(bare)
         print(f"| {stage} | {a:.1f} | {b:.1f} | {a / b:.2f} |", flush=True)
@@ -135,29 +168,43 @@ ARGS = {
 
 
 def saves() -> None:
-    """What a save adds to the five steps after it, against the same steps of runs that save nothing before their end: by
-    turns, ROUNDS times; medians. Its staging falls into the next step, the write behind into some more."""
+    """What a save adds to the five steps after it, against the same steps of runs that save nothing
+    before their end: by turns, ROUNDS times; medians. Its staging falls into the next step, the
+    write behind into some more."""
     print("| stage | step, ms | added by a save, ms | ratio |\n|---|---|---|---|")
-    for stage in layout.TRAINED:
+    for stage in TRAINED:
         took: dict[str, list] = {"20": [], "1000": []}
         for interval in [*took] * ROUNDS:
-            shutil.rmtree(layout.runs_root() / "bench", ignore_errors=True)
-            arguments = ARGS[stage].replace("interval 20", f"interval {interval}").replace("steps=20", f"steps={interval}")
+            shutil.rmtree(RUNS / "bench", ignore_errors=True)
+            arguments = (
+                ARGS[stage]
+                .replace("interval 20", f"interval {interval}")
+                .replace("steps=20", f"steps={interval}")
+            )
             quiet(["make", "-s", stage, "RUN=bench", *options(stage), f"ARGS={arguments}"])
-            times = dict(step_times(layout.stage_dir("bench", stage) / "metrics"))
+            times = dict(step_times(stage_dir("bench", stage) / "metrics"))
             took[interval] += [times[n + 5] - times[n] for n in (20, 40, 60)]
         saving, plain = (statistics.median(five) for five in took.values())
         added, ordinary = saving - plain, plain / 5
-        print(f"| {stage} | {ordinary * 1000:.0f} | {added * 1000:.0f} | {added / ordinary:.2f} |", flush=True)
+        print(
+            f"| {stage} | {ordinary * 1000:.0f} | {added * 1000:.0f} | {added / ordinary:.2f} |",
+            flush=True,
+        )
 
 
 def restart() -> None:
-    """From kill -9 of the stage, at about step 45 with a save each 20, to its first step and to the next new one, against a
-    plain start to its first step."""
-    print("| stage | start to first step, s | kill to first step, s | to next new step, s | ratio |\n|---|---|---|---|---|")
-    for stage in layout.TRAINED:
-        shutil.rmtree(layout.runs_root() / "bench", ignore_errors=True)
-        directory, words = layout.stage_dir("bench", stage), ["make", "-s", stage, "RUN=bench", *options(stage)]
+    """From kill -9 of the stage, at about step 45 with a save each 20, to its first step and to the
+    next new one, against a plain start to its first step."""
+    print(
+        "| stage | start to first step, s | kill to first step, s | to next new step, s | ratio |\n"
+        "|---|---|---|---|---|"
+    )
+    for stage in TRAINED:
+        shutil.rmtree(RUNS / "bench", ignore_errors=True)
+        directory, words = (
+            stage_dir("bench", stage),
+            ["make", "-s", stage, "RUN=bench", *options(stage)],
+        )
         words += [f"ARGS={ARGS[stage]}"]
 
         def until_step(step: int, directory: Path = directory) -> int:
@@ -168,33 +215,47 @@ def restart() -> None:
                 time.sleep(0.02)
 
         began = time.monotonic()
-        make = subprocess.Popen(words, cwd=layout.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        make = subprocess.Popen(
+            words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         until_step(1)
         plain = time.monotonic() - began
         reached = until_step(45)
         killed = time.monotonic()
         os.kill(attempts.running(directory)["pid"], signal.SIGKILL)
         make.wait()
-        make = subprocess.Popen(words, cwd=layout.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        make = subprocess.Popen(
+            words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         (directory / "progress.json").unlink(missing_ok=True)
         until_step(41)
         first = time.monotonic() - killed
         until_step(reached + 1)
         new = time.monotonic() - killed
         make.wait()
-        print(f"| {stage} | {plain:.1f} | {first:.1f} | {new:.1f} | {new / plain:.2f} |", flush=True)
+        print(
+            f"| {stage} | {plain:.1f} | {first:.1f} | {new:.1f} | {new / plain:.2f} |", flush=True
+        )
 
 
 def serving(tokens: int = 128) -> None:
-    """Tokens per second of the served demo model, for 1, 8 and 32 clients that ask one after the other."""
+    """Tokens per second of the served demo model, for 1, 8 and 32 clients that ask one after the
+    other."""
     server = json.loads((DEMO / "deploy/server.json").read_text())
     url = f"http://{server['host']}:{server['port']}/v1/completions"
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {(DEMO / 'deploy/api-key').read_text().strip()}"}
-    body = json.dumps({"model": server["name"], "prompt": "def main", "max_tokens": tokens, "ignore_eos": True}).encode()
+    headers = {
+        "Content-Type": "application/json",
+        "Authorization": f"Bearer {(DEMO / 'deploy/api-key').read_text().strip()}",
+    }
+    body = json.dumps(
+        {"model": server["name"], "prompt": "def main", "max_tokens": tokens, "ignore_eos": True}
+    ).encode()
 
     def ask(times: int) -> None:
         for _ in range(times):
-            with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=300) as answer:
+            with urllib.request.urlopen(
+                urllib.request.Request(url, body, headers), timeout=300
+            ) as answer:
                 assert json.loads(answer.read())["usage"]["completion_tokens"] == tokens
 
     ask(2)
@@ -206,51 +267,22 @@ def serving(tokens: int = 128) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        print(f"| {clients} | {clients * times * tokens / (time.monotonic() - began):,.0f} |", flush=True)
-
-
-def slurm() -> None:
-    """The pipeline on two Slurm nodes against two processes on this machine, one thread each; queue gaps stand apart."""
-    from tests.lab import Lab
-
-    os.environ["OMP_NUM_THREADS"] = "1"
-    runs = {name: layout.runs_root() / f"bench-{name}" for name in ("local", "slurm")}
-    for directory in runs.values():
-        shutil.rmtree(directory, ignore_errors=True)
-    ready = {}
-    quiet(["make", "-s", "pipeline", "RUN=bench-local", "GPUS=2"])
-    ready["local"] = json.loads((runs["local"] / "deploy/server.json").read_text())["ready_seconds"]
-    quiet(["make", "-s", "undeploy", "RUN=bench-local"])
-    with tempfile.TemporaryDirectory() as folder:
-        lab = Lab(Path(folder))
-        lab.up()
-        os.environ |= lab.environment
-        try:
-            quiet(["make", "-s", "pipeline", "RUN=bench-slurm", "NODES=2", "CLUSTER=slurm"])
-            while not (address := runs["slurm"] / "deploy/server.json").exists():
-                time.sleep(1)
-            ready["slurm"] = json.loads(address.read_text())["ready_seconds"]
-            quiet(["make", "-s", "undeploy", "RUN=bench-slurm"])
-        finally:
-            lab.down()
-    print("| stage | local, s | Slurm, s | ratio | gap before it, s |\n|---|---|---|---|---|")
-    sums, gaps, free = [0.0, 0.0], 0.0, json.loads((runs["slurm"] / "data/job.json").read_text())["submitted"]
-    for stage in layout.STAGES:
-        here, there = (attempts.history(directory / stage)[-1] for directory in runs.values())
-        pair = [here["seconds"], there["seconds"]]
-        if stage == "deploy":
-            pair = list(ready.values())
-        gap, free = there["started"] - free, there["ended"]
-        sums, gaps = [a + b for a, b in zip(sums, pair)], gaps + gap
-        print(f"| {stage} | {pair[0]:.0f} | {pair[1]:.0f} | {pair[1] / pair[0]:.2f} | {gap:.1f} |")
-    print(f"| all | {sums[0]:.0f} | {sums[1]:.0f} | {sums[1] / sums[0]:.2f} | {gaps:.1f} |")
-    for directory in runs.values():
-        shutil.rmtree(directory)
+        print(
+            f"| {clients} | {clients * times * tokens / (time.monotonic() - began):,.0f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
-    tables = {"demo": demo, "overhead": overhead, "saves": saves, "restart": restart, "serving": serving, "slurm": slurm}
+    tables = {
+        "demo": demo,
+        "overhead": overhead,
+        "saves": saves,
+        "restart": restart,
+        "serving": serving,
+        "slurm": slurm,
+    }
     for name in sys.argv[1:]:
-        print(f"\n{tables[name].__doc__}\n")
+        print(f"\n{inspect.getdoc(tables[name])}\n")
         tables[name]()
-    shutil.rmtree(layout.runs_root() / "bench", ignore_errors=True)
+    shutil.rmtree(RUNS / "bench", ignore_errors=True)

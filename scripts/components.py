@@ -1,4 +1,4 @@
-"""What configs name by `_component_`: looked up by torchtune, each made in scripts/tools."""
+"""What configs name by `_component_`, for torchtune to look up; each is made in scripts/tools."""
 
 from scripts.tools.architecture import torchtune_lora_model, torchtune_model
 from scripts.tools.chat_tokenizer import ChatTokenizer

@@ -1,4 +1,4 @@
-"""Corpus → tokenizer, pretraining text, SFT and preference sets, held-out sets: sets/.
+"""Make the sets that every later stage reads: DATA → sets/, with tokenizer and held-out sets.
 
 python -m scripts.data runs/<run>/data
 """
@@ -8,43 +8,49 @@ import json
 import os
 import sys
 
-from scripts.corpus.sources import Corpus, python_documentation, user_files
+from scripts.corpus.sources import PYTHON, Corpus, read_corpus
 from scripts.corpus.splits import split
 from scripts.corpus.tokenizer import tokenize
-from scripts.job.stage import Stage, run
-from scripts.run import digests, files
+from scripts.job.main import run
+from scripts.job.parent import Parent
+from scripts.run import files
 from scripts.tools.architecture import read_architecture
 
 
-def main(stage: Stage) -> dict:
+def main(stage: Parent) -> dict:
     """Read, split, train the tokenizer, write all sets, hand them over by one rename."""
-    source = stage.facts["SOURCE"]
-    corpus = python_documentation() if source == "python" else user_files(stage.path("SOURCE"))
-    splits = split(corpus)
-    sets = stage.scratch("sets.partial")
-    sets.mkdir()
-    for name, rows in splits.sets.items():
+    source = None if stage.facts["DATA"] == PYTHON else stage.path("DATA")
+    sizes = read_architecture(stage.directory / "architecture.json")
+    stage.phase("reads the text")
+    corpus = read_corpus(source)
+    stage.phase("splits it into sets")
+    sets = split(corpus).sets
+    partial = stage.scratch("sets.partial")
+    partial.mkdir()
+    for name, rows in sets.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (sets / name).write_text(text, encoding="utf-8")
-    counts = {name: len(rows) for name, rows in splits.sets.items()}
-    questions = [row["messages"][-2]["content"] for row in splits.sets["sft.jsonl"]]
+        (partial / name).write_text(text, encoding="utf-8")
+    questions = [row["messages"][-2]["content"] for row in sets["sft.jsonl"]]
+    stage.phase("trains the tokenizer")
     manifest = {
         "source": corpus.name,
         "corpus": digest(corpus),
         "python": sys.version.split()[0],
-        "rows": counts,
+        "rows": {name: len(rows) for name, rows in sets.items()},
         "sample": min(questions, key=len),
-        **tokenize(splits.sets, read_architecture(stage.directory / "architecture.json"), sets / "tokenizer"),
+        **tokenize(sets, sizes, partial / "tokenizer"),
     }
-    files.write_atomic(sets / "data.json", files.dump_json(manifest))
+    stage.phase("hands the sets over")
+    files.write_json(partial / "data.json", manifest)
     final = stage.scratch("sets")
-    os.replace(sets, final)
-    inputs = {} if source == "python" else {"source": digests.describe(stage.path("SOURCE"))}
-    return {"inputs": inputs, "outputs": {"sets": digests.describe(final)}, "summary": manifest}
+    os.replace(partial, final)
+    describe = stage.digests.describe
+    inputs = {"source": describe(source)} if source else {}
+    return {"inputs": inputs, "outputs": {"sets": describe(final)}, "summary": manifest}
 
 
 def digest(corpus: Corpus) -> str:
-    """Digest of everything a corpus holds, before any split."""
+    """Compute the digest of everything that a corpus holds, before any split."""
     content = json.dumps(vars(corpus), ensure_ascii=False, sort_keys=True)
     return "sha256:" + hashlib.sha256(content.encode()).hexdigest()
 

@@ -1,10 +1,10 @@
-"""Supervised finetuning (full or LoRA, as the config says) with torchtune: FROM + sft.jsonl → model/.
+"""Finetune on conversations with torchtune, full or LoRA: FROM + sft.jsonl → model/.
 
 python -m scripts.finetune runs/<run>/finetune
 """
 
-from scripts.job.stage import run
+from scripts.job.main import run
 from scripts.tools import torchtune
 
 if __name__ == "__main__":
-    run(torchtune.main, lambda stage: torchtune.train(stage, "sft.jsonl"))
+    run(torchtune.main, lambda rank: torchtune.train(rank, "sft.jsonl"))

@@ -1,4 +1,4 @@
-"""Pretrain from random weights, or from FROM, with torchtitan: text.jsonl + tokenizer → model/.
+"""Pretrain with torchtitan: text.jsonl + tokenizer → model/, from random weights or from FROM.
 
 python -m scripts.pretrain runs/<run>/pretrain
 """
@@ -6,27 +6,31 @@ python -m scripts.pretrain runs/<run>/pretrain
 import shutil
 from pathlib import Path
 
-from scripts.job.stage import Stage, run
-from scripts.run import digests
+from scripts.job.main import run
+from scripts.job.parent import Parent
 from scripts.run.errors import InputError
 from scripts.run.modeldir import hand_over, tokenizer_problems
+from scripts.tools import torchtitan
 
 
-def main(stage: Stage) -> dict:
-    """Around the ranks: a tokenizer and an architecture before, the Hugging Face directory after."""
+def main(stage: Parent) -> dict:
+    """Give the ranks a tokenizer and an architecture; hand over what they export."""
     assets = stage.path("FROM") if "FROM" in stage.facts else compose_assets(stage)
     export = stage.scratch("export")
     stage.ranks()
-    model = hand_over(export, assets, stage.directory / "model")
+    stage.phase("hands the model over")
+    model = hand_over(export, assets, stage.directory / "model", stage.digests)
+    describe = stage.digests.describe
     return {
-        "inputs": {"data": digests.describe(stage.path("DATA")), "assets": digests.describe(assets)},
+        "inputs": {"data": describe(stage.path("DATA")), "assets": describe(assets)},
         "outputs": {"model": model},
         "summary": stage.progress,
     }
 
 
-def compose_assets(stage: Stage) -> Path:
-    """The directory a model is born from: the frozen architecture and the data's tokenizer."""
+def compose_assets(stage: Parent) -> Path:
+    """Make the directory that a new model starts from: the run's architecture and the data's
+    tokenizer. Raises InputError if they do not fit."""
     assets = stage.scratch("assets")
     shutil.copytree(stage.path("DATA") / "tokenizer", assets)
     shutil.copyfile(stage.directory / "architecture.json", assets / "config.json")
@@ -36,12 +40,5 @@ def compose_assets(stage: Stage) -> Path:
     return assets
 
 
-def rank(stage: Stage) -> None:
-    """One rank: torchtitan's own configuration and trainer."""
-    from scripts.tools.torchtitan import train
-
-    train(stage)
-
-
 if __name__ == "__main__":
-    run(main, rank)
+    run(main, torchtitan.train)

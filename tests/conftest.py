@@ -1,18 +1,21 @@
-"""Shared by all tests: a place for runs, the launcher as a command, and a small whole model directory."""
+"""Fixtures that test files share: a place for runs, and a small whole model directory."""
 
-import json
 import os
-import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from scripts.run import layout, modeldir
+pytest.register_assert_rewrite("tests.support")
 
-ROOT = layout.ROOT
+from scripts.run import modeldir  # noqa: E402
+from tests.support.lanes import pytest_xdist_make_scheduler  # noqa: E402, F401  a hook of xdist's
+from tests.support.models import write_model  # noqa: E402
+
 os.environ.pop("PYTHONUNBUFFERED", None)  # as in a user's shell: a stage must not depend on it
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # workers share the cores; comparisons to the last bit want one number of threads
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture
@@ -23,68 +26,21 @@ def runs(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def launch(verb: str, **options: str) -> subprocess.CompletedProcess:
-    """The launcher as make calls it, on an environment of nothing but `options`."""
-    keep = {name: os.environ[name] for name in ("PATH", "HOME", "RUNS", "OMP_NUM_THREADS", "SLURM_CONF") if name in os.environ}
-    command = [sys.executable, "-m", "scripts.launch", verb]
-    return subprocess.run(command, cwd=ROOT, env={**keep, **options}, capture_output=True, text=True)
-
-
-def refused(verb: str, *words: str, **options: str) -> str:
-    """Launch and expect exit 64 with every one of `words` in what it says; returns the message."""
-    result = launch(verb, **options)
-    assert result.returncode == 64, (result.returncode, result.stdout, result.stderr)
-    assert "Traceback" not in result.stderr, result.stderr
-    for word in words:
-        assert word in result.stderr, f"{word!r} not in {result.stderr!r}"
-    return result.stderr
-
-
-def write_safetensors(path: Path, names: list[str]) -> None:
-    """A safetensors file of one float32 zero per name."""
-    header = {n: {"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]} for i, n in enumerate(names)}
-    raw = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(4 * len(names)))
-
-
 @pytest.fixture
 def model(tmp_path) -> Path:
     """A directory that passes every check of its form, with next to nothing inside."""
-    directory = tmp_path / "model"
-    directory.mkdir()
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 4, "num_hidden_layers": 2}
-    files = {
-        "config.json": config,
-        "tokenizer.json": {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 2, "content": "<|end_of_turn|>"}]},
-        "tokenizer_config.json": {"eos_token": "b", "bos_token": "a", "chat_template": "{{ messages }}"},
-    }
-    for name, content in files.items():
-        (directory / name).write_text(json.dumps(content))
-    layers = [f"model.layers.{i}.mlp.down_proj.weight" for i in range(2)]
-    write_safetensors(directory / "model.safetensors", layers)
-    assert modeldir.problems(directory) == []
+    directory = write_model(tmp_path / "model")
+    assert modeldir.problems(directory) == [], "the model that tests begin with must be whole"
     return directory
 
 
-# --- the line itself ---
-
-
-def lacking(what: str):
-    """Skip a lane that this machine cannot run; in CI, where lanes are required, fail."""
-    (pytest.fail if os.environ.get("LANES") == "required" else pytest.skip)(what)
-
-
-def make(*targets: str, timeout: int = 1200, **options: str) -> subprocess.CompletedProcess:
-    """make as a user calls it; fails the test with its whole output where it fails."""
-    words = ["make", "-s", *targets, *(f"{k}={v}" for k, v in options.items())]
-    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
-    assert result.returncode == 0, f"{words}\n{result.stdout[-4000:]}\n{result.stderr[-6000:]}"
-    return result
-
-
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """All runs of this file, under a path with a space."""
-    path = tmp_path_factory.mktemp("the line") / "my runs"
+def folder(tmp_path_factory) -> Path:
+    """All runs of a session, under a path with a space; the workers of pytest -n share it."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    path = base / "the line" / "my runs"
+    path.mkdir(parents=True, exist_ok=True)
     os.environ["RUNS"] = str(path)
     return path

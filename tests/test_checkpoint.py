@@ -40,7 +40,7 @@ def test_a_save_that_was_cut_short_is_removed(folder):
     (folder / "step-30/.metadata").unlink()
     step, said = newest(folder)
     assert step == 20
-    assert "step-30 was cut short" in said[0]
+    assert "step-30 was cut short" in said[0], f"what was removed is not said: {said}"
     assert checkpoints.steps(folder) == [20, 10]
 
 
@@ -55,8 +55,8 @@ def test_a_damaged_step_is_set_aside(folder, what):
         metadata.write_bytes(metadata.read_bytes()[:40])
     step, said = newest(folder)
     assert step == 20
-    assert "step-30 is damaged" in said[0]
-    assert (folder / "damaged-30").is_dir()
+    assert "step-30 is damaged" in said[0], f"what is damaged is not said: {said}"
+    assert (folder / "damaged-30").is_dir(), "the damaged step must stay, under another name"
 
 
 def test_damage_alone_is_never_a_fresh_start(folder):
@@ -75,11 +75,12 @@ def test_a_removal_that_was_cut_short_is_finished(folder):
 
 
 def test_nothing_but_a_first_save_cut_short_leaves_no_folder(folder):
-    """torchtitan takes an empty folder for a fresh start from random weights, with an initial_load_path, too."""
+    """torchtitan takes an empty folder for a fresh start from random weights, with an
+    initial_load_path, too."""
     for step in (10, 20, 30):
         (folder / f"step-{step}/.metadata").unlink()
-    assert newest(folder)[0] is None
-    assert not folder.exists()
+    assert newest(folder)[0] is None, "nothing whole is there to go on from"
+    assert not folder.exists(), "an empty folder must not stay"
     assert newest(folder) == (None, [])
 
 
@@ -95,7 +96,7 @@ def test_nothing_but_a_first_save_cut_short_leaves_no_folder(folder):
 def test_another_models_checkpoint_is_named(folder, model, ranks, words):
     found = checkpoints.misfit(folder / "step-30", model, "data.rank_", ranks)
     assert bool(found) == bool(words)
-    assert not words or re.search(words, found[0])
+    assert not words or re.search(words, found[0]), f"it does not say {words!r}: {found}"
 
 
 def test_the_last_two_whole_ones_stay(folder):

@@ -9,7 +9,10 @@ from scripts.corpus.splits import normalise, sentences, split
 from scripts.run.errors import InputError
 
 BOOK = "\n\n".join(
-    " ".join(f"Sentence {p} {s} tells how traveller {p * s} crossed the river near village {s}." for s in range(12))
+    " ".join(
+        f"Sentence {p} {s} tells how traveller {p * s} crossed the river near village {s}."
+        for s in range(12)
+    )
     for p in range(60)
 )
 
@@ -28,11 +31,15 @@ def assert_nothing_held_out_is_trained_on(splits):
     trained = "\n".join(f" {normalise(text)} " for text in training_texts(splits.sets))
     leaked = [s for s in splits.held_out_sentences if f" {s} " in trained]
     assert leaked == []
-    answers = {normalise(row["choices"][row["answer"]]) for row in splits.sets["heldout_choice.jsonl"]}
+    answers = {
+        normalise(row["choices"][row["answer"]]) for row in splits.sets["heldout_choice.jsonl"]
+    }
     assert answers <= set(splits.held_out_sentences)
     for row in splits.sets["heldout_text.jsonl"]:
         for sentence in sentences(row["text"]):
-            assert len(normalise(sentence).split()) < 4 or f" {normalise(sentence)} " not in trained
+            held_out = normalise(sentence)
+            leaked = len(held_out.split()) >= 4 and f" {held_out} " in trained
+            assert not leaked, f"a held-out sentence is trained on: {held_out}"
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +58,7 @@ def test_questions_are_fair(documentation):
     rows = documentation.sets["heldout_choice.jsonl"]
     for row in rows:
         assert len({normalise(c) for c in row["choices"]}) == 4
-        assert row["question"] != row["shuffled_question"]
+        assert row["question"] != row["shuffled_question"], f"not shuffled: {row}"
     positions = [sum(row["answer"] == i for row in rows) / len(rows) for i in range(4)]
     assert max(positions) < 0.32, "the place of the right answer must not give it away"
 
@@ -81,7 +88,8 @@ def test_conversations_alone_make_every_set(tmp_path):
     ]
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
     splits = split(user_files(tmp_path / "sums.jsonl"))
-    assert all(splits.sets.values())
+    empty = [name for name, rows in splits.sets.items() if not rows]
+    assert empty == [], f"these sets hold nothing: {empty}"
     assert_nothing_held_out_is_trained_on(splits)
 
 
@@ -108,7 +116,11 @@ GOOD = json.dumps({"text": "fine"})
         ("a.jsonl", (GOOD + "\n") * 16 + '{"text": "cut', ["a.jsonl", "line 17", "not JSON"]),
         ("a.jsonl", GOOD + '\n{"body": "x"}', ["line 2", "body", '"text"']),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "q"}]}', ["line 1", "assistant"]),
-        ("a.jsonl", '{"messages": [{"role": "robot", "content": "q"}, {"role": "user", "content": "q"}]}', ["line 1", "role"]),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "robot", "content": "q"}, {"role": "user", "content": "q"}]}',
+            ["line 1", "role"],
+        ),
         ("a.jsonl", '{"prompt": "p", "chosen": "c", "rejected": ""}', ["line 1", "non-empty"]),
         ("a.txt", b"one\ntw\xff\n", ["a.txt", "line 2", "not UTF-8", "0xff", "iconv"]),
         ("a.txt", "  \n", ["a.txt", "empty"]),
@@ -121,14 +133,17 @@ def test_bad_files_are_named_by_line(tmp_path, name, content, words):
     with pytest.raises(InputError) as error:
         user_files(file)
     for word in words:
-        assert word in str(error.value)
+        assert word in str(error.value), f"it does not say {word!r}: {error.value}"
 
 
 def test_every_bad_line_is_named_at_once(tmp_path):
     (tmp_path / "a.jsonl").write_text(f"{GOOD}\nnope\n{GOOD}\n[1]\n")
     with pytest.raises(InputError) as error:
         user_files(tmp_path)
-    assert ["line 2" in error.value.problems[0], "line 4" in error.value.problems[1]] == [True, True]
+    assert ["line 2" in error.value.problems[0], "line 4" in error.value.problems[1]] == [
+        True,
+        True,
+    ]
 
 
 def test_too_little_text_says_how_much_is_needed(tmp_path):
@@ -144,6 +159,8 @@ def test_a_conversation_longer_than_the_context_is_named(tmp_path):
     sets = split(user_files(tmp_path / "book.txt")).sets
     assert tokenize(sets, {"vocab": 512, "context": 512}, tmp_path / "fits")["vocabulary"] <= 512
     with pytest.raises(
-        InputError, match=r"longer than the model's context of 16; shorten or remove the one that begins 'What comes"
+        InputError,
+        match=r"longer than the model's context of 16; shorten or remove the one that begins "
+        "'What comes",
     ):
         tokenize(sets, {"vocab": 512, "context": 16}, tmp_path / "short")

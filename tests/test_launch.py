@@ -1,4 +1,5 @@
-"""The launcher: every bad input is refused by name with its mend, exit 64, and leaves nothing behind."""
+"""The launcher: every bad input is refused by name with its mend, exit 64, and leaves nothing
+behind."""
 
 import json
 import os
@@ -8,14 +9,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, lacking, launch, refused
-from golden import CASES, FOLDER, dry_run
 
-from scripts.clusters import local
-from scripts.launch import claimed
-from scripts.launcher import report, submission
-from scripts.run import attempts, digests, files, layout, preflight
+from scripts.clusters.local import Local
+from scripts.launcher import options as launcher_options
+from scripts.launcher.plan import plan
+from scripts.launcher.start import submit_lock
+from scripts.run import attempts, files, layout, preflight
 from scripts.run.errors import InputError
+from tests.support.goldens import CASES, FOLDER, dry_run
+from tests.support.lanes import lacking
+from tests.support.launching import assert_refused, launch
+from tests.support.models import write_sets
+from tests.support.runs import ROOT
 
 
 @pytest.mark.parametrize(
@@ -48,43 +53,46 @@ from scripts.run.errors import InputError
         ("logs", {"RUN": "nothing"}, ["no such run"]),
         ("clean", {"RUN": "nothing"}, ["nothing there"]),
         ("lineage", {"RUN": "nothing"}, ["no such run"]),
+        ("chat", {"RUN": "../x"}, ["RUN='../x'", "a-z"]),
+        ("chat", {"RUN": "nothing"}, ["no such run"]),
         ("data", {"DATA": "README.md"}, ["DATA=README.md", "nothing to read", ".jsonl"]),
         ("clean", {"RUN": "nothing", "DRY_RUN": "1"}, ["clean has no dry run", "make status"]),
         ("align", {"DRY_RUN": "1"}, ["align needs a model", "FROM="]),
     ],
 )
 def test_bad_input_is_refused(runs, tmp_path, verb, options, words):
-    sets = tmp_path / "sets"
-    sets.mkdir()
-    (sets / "data.json").write_text("{}")
-    refused(verb, *words, **{k: v.replace("{sets}", str(sets)) for k, v in options.items()})
+    sets = write_sets(tmp_path / "sets")
+    options = {k: v.replace("{sets}", str(sets)) for k, v in options.items()}
+    assert_refused(launch(verb, **options), *words)
     assert not runs.exists() or not list(runs.rglob("*")), "a refusal must leave nothing"
 
 
 def test_all_problems_at_once(runs):
-    said = refused("pretrain", MODEL="nope", RUN="No", GPUS="-1", CLUSTER="mars")
-    assert said.count("error:") == 4
+    said = assert_refused(launch("pretrain", MODEL="nope", RUN="No", GPUS="-1", CLUSTER="mars"))
+    assert said.count("error:") == 4, f"there are four problems:\n{said}"
 
 
 def test_a_broken_model_is_refused_before_anything_starts(runs, model):
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-2])
-    refused("evaluate", "cut short", FROM=str(model), RUN="x")
-    assert not runs.exists()
+    assert_refused(launch("evaluate", FROM=str(model), RUN="x"), "cut short")
+    assert not runs.exists(), "a refusal must leave nothing"
 
 
 def test_no_write_permission(runs):
     runs.parent.mkdir(exist_ok=True)
     runs.write_text("a file where the folder should be")
-    refused("data", "runs go under", RUN="x")
+    assert_refused(launch("data", RUN="x"), "RUNS=")
 
 
 def test_a_read_only_disk(runs):
     runs.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(runs)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(runs)], capture_output=True
+    ).returncode:
         lacking("a read-only disk needs root to mount it")
     try:
-        refused("data", "Read-only file system", "RUNS=", RUN="x")
+        assert_refused(launch("data", RUN="x"), "Read-only file system", "RUNS=")
     finally:
         subprocess.run(["umount", str(runs)], check=True)
 
@@ -94,16 +102,24 @@ def test_golden_dry_runs(name):
     assert dry_run(*CASES[name]) == (FOLDER / name).read_text(), "if this is meant: make golden"
 
 
-@pytest.mark.parametrize("verb", ["pipeline", "data", "pretrain", "finetune", "align", "evaluate", "deploy"])
+@pytest.mark.parametrize(
+    "verb", ["pipeline", "data", "pretrain", "finetune", "align", "evaluate", "deploy"]
+)
 def test_every_target_has_a_dry_run(verb, model):
     out = dry_run(verb, {"RUN": "x", "FROM": str(model), "FORCE": "1"})
-    assert "stage.env" in out
+    assert "stage.env" in out, f"the dry run of {verb} does not show stage.env:\n{out}"
 
 
 def test_a_pipeline_starts_from_FROM_and_then_follows_on(model):
     out = dry_run("pipeline", {"RUN": "x", "FROM": str(model), "FORCE": "1"})
     inputs = [line.split("=")[1] for line in out.splitlines() if line.startswith("FROM=")]
-    assert inputs == [str(model), "runs/x/pretrain/model", "runs/x/finetune/model", "runs/x/align/model", "runs/x/align/model"]
+    assert inputs == [
+        str(model),
+        "runs/x/pretrain/model",
+        "runs/x/finetune/model",
+        "runs/x/align/model",
+        "runs/x/align/model",
+    ]
 
 
 def test_arguments_pass_through_make_intact(runs):
@@ -111,10 +127,15 @@ def test_arguments_pass_through_make_intact(runs):
     quoted = """--a 'two words' "it's" 'say "hi"' '--b=c d'"""
     env = {**os.environ, "DRY_RUN": "1", "RUNS": str(runs)}
     result = subprocess.run(
-        ["make", "-s", "pretrain", f"ARGS={quoted}"], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+        ["make", "-s", "pretrain", f"ARGS={quoted}"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     block = result.stdout.split("pretrain/args.json' << 'EOF'\n")[1].split("EOF\n")[0]
-    assert json.loads(block) == words
+    assert json.loads(block) == words, f"make changed the arguments: {block}"
 
 
 class Finetune:
@@ -122,15 +143,19 @@ class Finetune:
 
     def __init__(self, model):
         self.options = {"RUN": "x", "FROM": str(model), "DATA": str(model.parent / "sets")}
-        (model.parent / "sets").mkdir()
-        (model.parent / "sets" / "data.json").write_text("{}")
-        self.directory = self.plan().directory
-        for name, text in self.plan().files.items():
-            (self.directory / name).parent.mkdir(parents=True, exist_ok=True)
-            (self.directory / name).write_text(text)
+        write_sets(model.parent / "sets")
+        submission = self.step().submission
+        self.directory = submission.directory
+        submission.write("")
 
-    def plan(self, **changes):
-        return submission.plan(submission.read_request("finetune", {**self.options, **changes}), "finetune")
+    def step(self, **changes):
+        """Plan it, with other options."""
+        env = {"PATH": os.environ["PATH"], "RUNS": os.environ["RUNS"], **self.options, **changes}
+        return plan(launcher_options.read("finetune", env)).steps[0]
+
+    def changed(self, **changes):
+        """List what differs from what was submitted."""
+        return self.step(**changes).submission.differences()
 
 
 @pytest.fixture
@@ -138,46 +163,61 @@ def finetune(runs, model):
     return Finetune(model)
 
 
-def test_a_run_with_other_settings_is_refused_once_it_has_something_to_lose(finetune):
-    assert submission.differences(finetune.plan()) == []
-    changed = submission.differences(finetune.plan(GPUS="2", ARGS="epochs=3"))
-    assert "GPUS was 1, now 2" in changed
-    assert any("ARGS" in c and "epochs=3" in c for c in changed)
+def test_a_run_with_other_settings_is_refused_once_it_has_results(finetune):
+    assert finetune.changed() == []
+    changed = finetune.changed(GPUS="2", ARGS="epochs=3")
+    assert "GPUS was 1, now 2" in changed, f"another GPUS is not among the differences: {changed}"
+    arguments = [c for c in changed if "ARGS" in c and "epochs=3" in c]
+    assert arguments, f"another ARGS is not among the differences: {changed}"
     (finetune.directory / "checkpoints").mkdir()
     options = {**finetune.options, "GPUS": "2"}
     words = ["exists with other settings", "GPUS was 1, now 2", "make clean STAGE=finetune RUN=x"]
-    refused("finetune", *words, **options)
-    refused("finetune", *words, **options, DRY_RUN="1")
+    assert_refused(launch("finetune", **options), *words)
+    assert_refused(launch("finetune", **options, DRY_RUN="1"), *words)
 
 
 def test_a_second_launch_of_a_running_stage_is_refused(finetune):
-    attempts.begin_attempt(finetune.directory)
-    refused("finetune", "running already", "make stop RUN=x", **finetune.options)
-    refused("clean", "running", "make stop RUN=x", RUN="x")
+    attempts.begin(finetune.directory)
+    assert_refused(launch("finetune", **finetune.options), "running already", "make stop RUN=x")
+    assert_refused(launch("clean", RUN="x"), "running", "make stop RUN=x")
 
 
 def test_of_two_launches_in_one_instant_one_is_refused(finetune):
     """While one submits, no other does; the lock goes with its process."""
-    with claimed("x", "finetune"):
-        refused("finetune", "another make began it a moment ago", "make status RUN=x", **finetune.options)
-    with claimed("x", "finetune"):
-        attempts.begin_attempt(finetune.directory)
-    with pytest.raises(InputError, match="another make"), claimed("x", "finetune"):
+    step = finetune.step()
+    with submit_lock(step):
+        words = ("another make began it a moment ago", "make status RUN=x")
+        assert_refused(launch("finetune", **finetune.options), *words)
+    with submit_lock(step):
+        attempts.begin(finetune.directory)
+    with pytest.raises(InputError, match="another make"), submit_lock(step):
         pass
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_lock_is_not_opened_through_a_link(finetune, tmp_path, kind):
+    """The file that a link points to was emptied; a pipe blocked for ever."""
+    lock, other = finetune.directory / ".lock", tmp_path / "other"
+    other.write_text("mine")
+    lock.symlink_to(other) if kind == "link" else os.mkfifo(lock)
+    assert_refused(launch("finetune", **finetune.options), str(lock))
+    assert other.read_text() == "mine"
 
 
 def test_a_run_that_another_machine_holds_is_left_alone(finetune):
     """A copy of a run, or a shared disk: the pid in the attempt is some other process here."""
-    attempt = {**attempts.begin_attempt(finetune.directory), "host": "elsewhere"}
+    attempt = {**attempts.begin(finetune.directory), "host": "elsewhere"}
     files.write_atomic(finetune.directory / "attempts/1.json", json.dumps(attempt))
-    refused("finetune", "elsewhere", "cannot be asked from here", "rm '", "attempts/1.json", **finetune.options)
-    refused("stop", "elsewhere", "cannot be asked from here", RUN="x")
+    words = ("elsewhere", "cannot be asked from here")
+    assert_refused(launch("finetune", **finetune.options), *words, "rm '", "attempts/1.json")
+    assert_refused(launch("stop", RUN="x"), *words)
 
 
 def test_a_finished_stage_is_not_run_twice(finetune):
     (finetune.directory / "stage.json").write_text(json.dumps({"summary": {"loss": 1.5}}))
     result = launch("finetune", **finetune.options)
-    assert (result.returncode, "done already" in result.stdout) == (0, True)
+    assert result.returncode == 0, f"a finished stage is no fault:\n{result.stderr}"
+    assert "done already" in result.stdout, f"it must say that it is done:\n{result.stdout}"
 
 
 def test_a_run_survives_a_move(finetune, runs, monkeypatch):
@@ -185,25 +225,29 @@ def test_a_run_survives_a_move(finetune, runs, monkeypatch):
     (runs / "x/pretrain").mkdir()
     os.rename(finetune.options["FROM"], runs / "x/pretrain/model")
     finetune.options["FROM"] = str(runs / "x/pretrain/model")
-    (finetune.directory / "stage.env").write_text(finetune.plan().files["stage.env"])
+    finetune.step().submission.write("")
     moved = runs.parent / "moved"
     os.rename(runs, moved)
     monkeypatch.setenv("RUNS", str(moved))
-    assert submission.differences(finetune.plan(FROM=str(moved / "x/pretrain/model"))) == []
-    assert layout.from_fact(files.read_env(moved / "x/finetune/stage.env")["FROM"]) == moved / "x/pretrain/model"
+    assert finetune.changed(FROM=str(moved / "x/pretrain/model")) == []
+    fact = files.read_env(moved / "x/finetune/stage.env")["FROM"]
+    assert layout.from_fact(fact, moved) == moved / "x/pretrain/model"
 
 
 def test_a_stop_of_what_does_not_run_says_so(finetune):
     result = launch("stop", RUN="x")
-    assert (result.returncode, result.stdout) == (0, "nothing of run x is running\n")
-    refused("stop", "RUN=nothing", "no such run", "there are: x", RUN="nothing")
+    assert result.returncode == 0, f"nothing to stop is no fault:\n{result.stderr}"
+    assert result.stdout == "nothing of run x is running\n", "it must say that nothing runs"
+    assert_refused(launch("stop", RUN="nothing"), "RUN=nothing", "no such run", "there are: x")
 
 
 def test_a_venv_that_is_gone_is_named(finetune, monkeypatch, tmp_path):
-    monkeypatch.setattr(layout, "ROOT", tmp_path)
-    monkeypatch.delenv("DRY_RUN", raising=False)
-    assert ".venv: missing" in local.problems(finetune)[0]
-    assert "make setup" in local.problems(finetune)[0]
+    monkeypatch.setattr(preflight, "ROOT", tmp_path)
+    submission = finetune.step(DRY_RUN="1").submission
+    said = Local({}).problems(submission, dry_run=False)[0]
+    assert ".venv: missing" in said
+    assert "make setup" in said
+    assert Local({}).problems(submission, dry_run=True) == []
 
 
 def test_a_disk_too_small_for_the_model_is_refused(finetune, monkeypatch):
@@ -212,59 +256,38 @@ def test_a_disk_too_small_for_the_model_is_refused(finetune, monkeypatch):
     config = Path(finetune.options["FROM"], "config.json")
     config.write_text(json.dumps({**architecture, **json.loads(config.read_text())}))
     with pytest.raises(InputError, match=r"the model will need .* GB.*RUNS="):
-        finetune.plan()
+        finetune.step()
 
 
 def test_the_parameters_of_an_architecture_are_counted():
     """Llama 3.2 1B, Llama 3.1 8B: the numbers that their cards round (1.24 and 8.03 billion)."""
-    big = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+    big = {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    }
     big |= {"intermediate_size": 14336, "vocab_size": 128256}
     assert preflight.parameters(big) == 8_030_261_248
-    small = {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8}
+    small = {
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    }
     small |= {"intermediate_size": 8192, "vocab_size": 128256, "tie_word_embeddings": True}
     assert preflight.parameters(small) == 1_235_814_400
 
 
 def test_memory_that_is_not_there_is_named():
     assert preflight.memory_problems(1, "training") == []
-    assert "16.00 GB of memory, 8.00 are free" in preflight.memory_problems(16e9, "training", free=8e9)[0]
-
-
-# --- the gate ---
-
-
-def verdict(evaluation, digest, **row):
-    evaluation.mkdir(parents=True)
-    floors = [{"metric": "task/acc", "value": 0.5, "min": 0.4, "passed": True, **row}]
-    (evaluation / "verdict.json").write_text(
-        json.dumps({"model": {"digest": digest, "path": "runs/x/align/model"}, "floors": floors})
+    assert (
+        "16.00 GB of memory, 8.00 are free"
+        in preflight.memory_problems(16e9, "training", free=8e9)[0]
     )
-    (evaluation / "stage.json").write_text('{"status": "done"}')
 
 
-def test_the_gate_opens_for_exactly_the_model_that_passed(runs, model):
-    evaluation = runs / "x" / "evaluate"
-    assert "no verdict" in report.gate_problems(evaluation, model)[0]
-    verdict(evaluation, digests.digest_tree(model))
-    assert report.gate_problems(evaluation, model) == []
-    (model / "config.json").write_text((model / "config.json").read_text() + " ")
-    assert "not for" in report.gate_problems(evaluation, model)[0]
-
-
-def test_the_gate_names_metric_value_and_floor(runs, model):
-    verdict(runs / "x" / "evaluate", digests.digest_tree(model), value=0.3123, passed=False)
-    said = refused("deploy", "task/acc", "0.3123", "at least 0.4", "FORCE=1", RUN="x", FROM=str(model))
-    assert "Traceback" not in said
-
-
-def test_a_metric_that_was_not_measured_fails(tmp_path):
-    (tmp_path / "r.json").write_text(json.dumps({"results": {"task": {"alias": "task", "acc,none": 0.9, "acc_stderr,none": 0.01}}}))
-    (tmp_path / "f.json").write_text(
-        json.dumps({"task/acc": {"min": 0.5}, "renamed/acc": {"min": 0.5}, "task/acc_stderr": {"max": 1}})
-    )
-    judged = report.judge(tmp_path / "r.json", tmp_path / "f.json")
-    assert [row["passed"] for row in judged["floors"]] == [True, False, False]
-    assert judged["passed"] is False
+# --- a service ---
 
 
 def test_a_taken_port_is_named_before_the_first_stage(runs):
@@ -272,14 +295,16 @@ def test_a_taken_port_is_named_before_the_first_stage(runs):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        refused("pipeline", f"PORT={port}", "in use", f"PORT={port + 1}", RUN="x", PORT=str(port))
-        assert not runs.exists()
-    assert preflight.port_problems("127.0.0.1", port) == []
+        refusal = launch("pipeline", RUN="x", PORT=str(port))
+        assert_refused(refusal, f"PORT={port}", "in use", f"PORT={port + 1}")
+        assert not runs.exists(), "a refusal must leave nothing"
+    assert preflight.port_problems("127.0.0.1", port) == [], "the port is free again"
 
 
 def test_a_key_that_others_can_read_is_refused(runs, tmp_path):
     key = tmp_path / "key"
     key.write_text("secret")
     key.chmod(0o644)
-    said = refused("deploy", "readable by others", "chmod 600", API_KEY_FILE=str(key), BIND="0.0.0.0")
-    assert "secret" not in said
+    refusal = launch("deploy", API_KEY_FILE=str(key), BIND="0.0.0.0")
+    said = assert_refused(refusal, "readable by others", "chmod 600")
+    assert "secret" not in said, "a key must not be shown"

@@ -1,4 +1,5 @@
-"""The line itself, with the real tools: the demo, what it learned, what it serves, two processes, the user's own data."""
+"""The line itself, with the real tools: the demo, what it learned, what it serves, two
+processes."""
 
 import json
 import os
@@ -10,84 +11,82 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import pytest
-from conftest import ROOT, make
-from seam import assert_same_logits, transformers_logits
-from stats import loss_curve, mcnemar_p, mean_and_error, metric, paired_t, samples
 
-from scripts.run import digests, layout
+from bench.measures import loss_curve, mcnemar_p, mean_and_error, metric, paired_t, samples
 from scripts.tools.chat_tokenizer import ChatTokenizer
+from tests.support.launching import assert_refused, call_make, make
+from tests.support.logits import assert_same_logits, transformers_logits
+from tests.support.processes import memory
+from tests.support.runs import ROOT, TRAINED, digest_tree, finished
 
-pytestmark = pytest.mark.slow
-
-
-def tree_memory(root: int) -> int:
-    """Resident bytes of a process and all below it (proportional share of shared pages)."""
-    parents, total = {}, 0
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-            parents[int(stat.parent.name)] = int(fields[1])
-        except OSError:
-            continue
-    for pid in parents:
-        ancestor = pid
-        while ancestor not in (0, root):
-            ancestor = parents.get(ancestor, 0)
-        if ancestor == root:
-            try:
-                rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-                total += int(re.search(r"^Pss:\s+(\d+)", rollup, re.M).group(1)) * 1024
-            except (OSError, AttributeError):
-                continue
-    return total
+pytestmark = pytest.mark.slow  # on one worker (lanes.LANES): the demo is made once
 
 
 @pytest.fixture(scope="session")
 def demo(folder):
-    """`make demo`, watched."""
+    """`make demo`, watched. Its memory is what this process and all below it hold more than before:
+    under pytest -n this process is a worker, and other workers are beside it."""
     peak, done = [0], threading.Event()
 
     def watch():
         while not done.wait(2):
-            peak[0] = max(peak[0], tree_memory(os.getpid()))
+            peak[0] = max(peak[0], memory(os.getpid()))
 
     threading.Thread(target=watch, daemon=True).start()
-    began, idle = time.time(), tree_memory(os.getpid())
+    began, idle = time.time(), memory(os.getpid())
     result = make("demo", PORT="8017")
     done.set()
-    print(f"\ndemo: {time.time() - began:.0f} s, peak {(peak[0] - idle) / 1e9:.2f} GB\n{result.stdout}")
-    yield {"out": result.stdout, "seconds": time.time() - began, "peak": peak[0] - idle, "runs": folder, "run": folder / "demo"}
-    subprocess.run(["make", "-s", "undeploy", "RUN=demo"], cwd=ROOT, check=False)
+    print(
+        f"\ndemo: {time.time() - began:.0f} s, peak {(peak[0] - idle) / 1e9:.2f} GB\n",
+        result.stdout,
+    )
+    yield {"out": result.stdout, "peak": peak[0] - idle, "runs": folder, "run": folder / "demo"}
+    call_make("undeploy", RUN="demo")
 
 
 def test_the_demo_ends_with_the_table_and_an_answer(demo):
     rows = dict(re.findall(r"^(\w+)  +(done|serving)", demo["out"], re.M))
-    assert rows == {**dict.fromkeys(("data", "pretrain", "finetune", "align", "evaluate"), "done"), "deploy": "serving"}
-    assert re.search(r"answered \S.+", demo["out"])
-    assert demo["peak"] < 6e9
+    done = dict.fromkeys(("data", "pretrain", "finetune", "align", "evaluate"), "done")
+    assert rows == {**done, "deploy": "serving"}, (
+        f"the table is not that of a finished demo:\n{demo['out']}"
+    )
+    assert re.search(r"answered \S.+", demo["out"]), (
+        f"the served model gave no answer:\n{demo['out']}"
+    )
+    assert demo["peak"] < 6e9, (
+        f"the demo needed {demo['peak'] / 1e9:.1f} GB, it promises less than 6"
+    )
 
 
 def test_the_same_command_again_does_nothing_twice(demo):
-    before = [digests.digest_tree(demo["run"] / s / "model") for s in layout.TRAINED]
-    began = time.time()
+    def models() -> list[str]:
+        return [digest_tree(demo["run"] / stage / "model") for stage in TRAINED]
+
+    before, began = models(), time.time()
     again = make("demo", PORT="8017")
-    assert time.time() - began < 20
-    assert again.stdout.count("done already") == 5
-    assert "serving already" in again.stdout
-    assert before == [digests.digest_tree(demo["run"] / s / "model") for s in layout.TRAINED]
+    took = time.time() - began
+    assert took < 20, f"to do nothing took {took:.0f} s"
+    assert again.stdout.count("done already") == 5, f"five stages are done already:\n{again.stdout}"
+    assert "serving already" in again.stdout, f"the model is served already:\n{again.stdout}"
+    assert before == models(), "a second demo must not touch the models"
 
 
 def test_lineage_walks_from_the_served_model_to_the_corpus(demo):
     out = make("lineage", RUN="demo").stdout
     for stage in ("deploy", "align", "finetune", "pretrain", "data", "corpus sha256:"):
-        assert stage in out
-    for stage in layout.TRAINED:
-        record = layout.record(demo["run"] / stage)
-        assert record["outputs"]["model"]["digest"] == digests.digest_tree(demo["run"] / stage / "model")
-        assert record["inputs"]["data"]["digest"] == digests.digest_tree(demo["run"] / "data" / "sets")
+        assert stage in out, f"the lineage does not show {stage}:\n{out}"
+    sets = digest_tree(demo["run"] / "data/sets")
+    for stage in TRAINED:
+        record, model = (
+            finished(demo["run"] / stage),
+            digest_tree(demo["run"] / stage / "model"),
+        )
+        assert record["outputs"]["model"]["digest"] == model, (
+            f"{stage}: the record names another model"
+        )
+        assert record["inputs"]["data"]["digest"] == sets, f"{stage}: the record names other data"
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "align"])
@@ -104,7 +103,9 @@ def request(demo, path, body=None, key=True, method=None):
     if key:
         headers["Authorization"] = f"Bearer {(demo['run'] / 'deploy/api-key').read_text().strip()}"
     data = json.dumps(body).encode() if body is not None else None
-    call = urllib.request.Request(f"http://127.0.0.1:{server['port']}{path}", data, headers, method=method)
+    call = urllib.request.Request(
+        f"http://127.0.0.1:{server['port']}{path}", data, headers, method=method
+    )
     try:
         with urllib.request.urlopen(call, timeout=60) as response:
             text = response.read()
@@ -119,40 +120,53 @@ def test_served_log_probabilities_are_the_models(demo):
     ids = ChatTokenizer(str(directory)).encode((ROOT / "scripts/job/stage.py").read_text())[:200]
     body = {"model": "demo", "prompt": ids, "max_tokens": 1, "prompt_logprobs": 0}
     status, answer = request(demo, "/v1/completions", body)
-    assert status == 200
-    served = [next(iter(step.values()))["logprob"] for step in answer["choices"][0]["prompt_logprobs"][1:]]
+    assert status == 200, f"the served model answered {status}: {answer}"
+    served = [
+        next(iter(step.values()))["logprob"] for step in answer["choices"][0]["prompt_logprobs"][1:]
+    ]
     reference = transformers_logits(directory, ids).log_softmax(-1)
     differences = [abs(s - reference[i, ids[i + 1]].item()) for i, s in enumerate(served)]
     print(f"vLLM prompt log-probabilities differ by at most {max(differences):.2e}")
-    assert max(differences) < 1e-4
+    assert max(differences) < 1e-4, f"vLLM's log-probabilities are off by {max(differences):.2e}"
 
 
-CHAT = [{"role": "system", "content": "Be brief. "}, {"role": "user", "content": "What does\n<b> io & {{ x }} do? ünïcödé"}]
+CHAT = [
+    {"role": "system", "content": "Be brief. "},
+    {"role": "user", "content": "What does\n<b> io & {{ x }} do? ünïcödé"},
+]
 
 
 def test_vllm_renders_the_template_byte_for_byte(demo):
     tokenizer = ChatTokenizer(str(demo["run"] / "align/model"))
     body = {"model": "demo", "messages": CHAT, "max_tokens": 1, "return_token_ids": True}
     status, answer = request(demo, "/v1/chat/completions", body)
-    assert status == 200
+    assert status == 200, f"the served model answered {status}: {answer}"
     text = tokenizer.render(CHAT, add_generation_prompt=True)
-    assert tokenizer.decode(answer["prompt_token_ids"], skip_special_tokens=False) == text
-    assert answer["prompt_token_ids"] == tokenizer.encode(text)
+    rendered = tokenizer.decode(answer["prompt_token_ids"], skip_special_tokens=False)
+    assert rendered == text, "vLLM renders the chat in another way"
+    assert answer["prompt_token_ids"] == tokenizer.encode(text), (
+        "vLLM makes other tokens of the same text"
+    )
 
 
 def test_lm_eval_renders_the_template_byte_for_byte(demo):
     tokenizer = ChatTokenizer(str(demo["run"] / "align/model"))
     for row in samples(demo["run"] / "evaluate", "relay_choice")[:50]:
-        asked = tokenizer.render([{"role": "user", "content": row["doc"]["question"]}], add_generation_prompt=True)
-        assert row["arguments"]["gen_args_0"]["arg_0"] == asked
-        assert row["arguments"]["gen_args_0"]["arg_1"] == row["doc"]["choices"][0]
+        asked = tokenizer.render(
+            [{"role": "user", "content": row["doc"]["question"]}], add_generation_prompt=True
+        )
+        given = row["arguments"]["gen_args_0"]
+        assert given["arg_0"] == asked, "lm-eval renders the question in another way"
+        assert given["arg_1"] == row["doc"]["choices"][0], "lm-eval scores another answer"
 
 
 def test_an_answer_ends_by_itself(demo):
     question = samples(demo["run"] / "evaluate", "relay_choice")[0]["doc"]["question"]
     body = {"model": "demo", "messages": [{"role": "user", "content": question}], "max_tokens": 200}
     _, answer = request(demo, "/v1/chat/completions", body)
-    assert answer["choices"][0]["finish_reason"] == "stop", "generation_config.json must name the end of a turn"
+    assert answer["choices"][0]["finish_reason"] == "stop", (
+        "generation_config.json must name the end of a turn"
+    )
 
 
 @pytest.mark.parametrize(
@@ -170,27 +184,31 @@ def test_an_answer_ends_by_itself(demo):
     ],
 )
 def test_the_port_answers_only_what_it_should(demo, path, key, status):
-    assert request(demo, path, key=key)[0] == status
+    answered = request(demo, path, key=key)[0]
+    assert answered == status, (
+        f"{path} {'with' if key else 'without'} a key gave {answered}, not {status}"
+    )
 
 
 def test_chat_streams_one_answer(demo):
     out = make("chat", RUN="demo", PROMPT="What does 'io' do?").stdout
-    assert out.strip()
+    assert out.strip(), "make chat printed no answer"
 
 
 def test_the_gate_refuses_a_model_that_was_not_judged(demo):
-    words = ["make", "-s", "deploy", "RUN=demo", f"FROM={demo['run'] / 'pretrain/model'}", "PORT=8018"]
-    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert "not for" in result.stderr
-    assert "make clean RUN=demo STAGE=evaluate" in result.stderr
+    result = call_make("deploy", RUN="demo", FROM=str(demo["run"] / "pretrain/model"), PORT="8018")
+    assert_refused(result, "not for", "make clean RUN=demo STAGE=evaluate")
 
 
 def test_a_wrong_argument_of_vllm_is_refused(demo):
-    words = ["make", "-s", "deploy", "RUN=wrong", f"FROM={demo['run'] / 'align/model'}", "FORCE=1", "PORT=8021"]
-    result = subprocess.run([*words, "ARGS=--no-such-option 1"], cwd=ROOT, capture_output=True, text=True)
-    assert "Error 64" in result.stderr
-    assert "--no-such-option" in result.stderr
-    assert "vLLM refuses" in result.stderr
+    options = {
+        "RUN": "wrong",
+        "FROM": str(demo["run"] / "align/model"),
+        "FORCE": "1",
+        "PORT": "8021",
+    }
+    result = call_make("deploy", **options, ARGS="--no-such-option 1")
+    assert_refused(result, "--no-such-option", "vLLM refuses")
 
 
 # --- it learned something ---
@@ -198,120 +216,142 @@ def test_a_wrong_argument_of_vllm_is_refused(demo):
 
 @pytest.fixture(scope="session")
 def scores(demo):
-    """Evaluations of the model after each stage on the demo's held-out sets; the untrained one needs none."""
+    """Evaluations of the model after each stage on the demo's held-out sets; the untrained one
+    needs none."""
     data = str(demo["run"] / "data")
     tasks = "relay_text,relay_choice,relay_choice_shuffled,relay_preference"
     for stage in ("pretrain", "finetune"):
-        make("evaluate", RUN=f"after-{stage}", FROM=str(demo["run"] / stage / "model"), DATA=data, ARGS=f"--tasks {tasks}")
+        make(
+            "evaluate",
+            RUN=f"after-{stage}",
+            FROM=str(demo["run"] / stage / "model"),
+            DATA=data,
+            ARGS=f"--tasks {tasks}",
+        )
     where = {"pretrain": "after-pretrain", "finetune": "after-finetune", "align": "demo"}
     found = {}
     for stage, run in where.items():
         evaluation = demo["runs"] / run / "evaluate"
         found[stage] = {
-            "bits": json.loads((evaluation / "verdict.json").read_text())["scores"]["relay_text/bits_per_byte"],
+            "bits": json.loads((evaluation / "verdict.json").read_text())["scores"][
+                "relay_text/bits_per_byte"
+            ],
             "choice": metric(evaluation, "relay_choice", "acc_mutual_info"),
             "plain": metric(evaluation, "relay_choice", "acc"),
-            "shuffled": metric(evaluation, "relay_choice_shuffled", "acc_mutual_info") if stage != "align" else [0, 1],
+            "shuffled": metric(evaluation, "relay_choice_shuffled", "acc_mutual_info")
+            if stage != "align"
+            else [0, 1],
             "margin": metric(evaluation, "relay_preference", "margin"),
         }
         values = found[stage]
         print(
-            stage, values["bits"], *(f"{name} {mean_and_error(values[name])}" for name in ("choice", "plain", "shuffled", "margin"))
+            stage,
+            values["bits"],
+            *(
+                f"{name} {mean_and_error(values[name])}"
+                for name in ("choice", "plain", "shuffled", "margin")
+            ),
         )
     return found
 
 
 def test_pretraining_learned_to_predict_held_out_text(scores):
     untrained = 3.99  # bits per byte at random weights, three seeds 3.98 to 4.01 (docs/demo.md)
-    assert scores["pretrain"]["bits"] <= 2.2
-    assert scores["pretrain"]["bits"] <= 0.65 * untrained
+    bits = scores["pretrain"]["bits"]
+    assert bits <= 2.2, f"pretraining reached {bits:.2f} bits per byte, 2.2 are usual"
+    assert bits <= 0.65 * untrained, f"{bits:.2f} bits per byte are near those of random weights"
 
 
 def test_finetuning_learned_to_answer(scores):
-    choice, error = mean_and_error(scores["finetune"]["choice"])
-    assert len(scores["finetune"]["choice"]) >= 500
-    assert choice >= 0.25 + 3 * error
-    assert mcnemar_p(scores["pretrain"]["choice"], scores["finetune"]["choice"]) < 0.01
+    before, after = scores["pretrain"]["choice"], scores["finetune"]["choice"]
+    choice, error = mean_and_error(after)
+    assert len(after) >= 500, f"{len(after)} questions are too few to tell"
+    assert choice >= 0.25 + 3 * error, (
+        f"{choice:.3f} ± {error:.3f} right answers: no better than chance"
+    )
+    p = mcnemar_p(before, after)
+    assert p < 0.01, f"fine-tuning answers no better than pretraining alone: p = {p:.2g}"
     shuffled, error = mean_and_error(scores["finetune"]["shuffled"])
     assert abs(shuffled - 0.25) <= 2 * error, "the answers alone must not give the right one away"
 
 
 def test_alignment_moved_preferences_and_kept_the_rest(scores):
-    assert len(scores["align"]["margin"]) >= 500
-    assert paired_t(scores["finetune"]["margin"], scores["align"]["margin"]) > 3
-    before, error = mean_and_error(scores["finetune"]["choice"])
-    assert mean_and_error(scores["align"]["choice"])[0] >= before - error
-    assert scores["align"]["bits"] <= 1.05 * scores["finetune"]["bits"]
+    tuned, aligned = scores["finetune"], scores["align"]
+    assert len(aligned["margin"]) >= 500, (
+        f"{len(aligned['margin'])} preferences are too few to tell"
+    )
+    t = paired_t(tuned["margin"], aligned["margin"])
+    assert t > 3, f"alignment did not move the preferences: paired t = {t:.1f}"
+    (before, error), (after, _) = mean_and_error(tuned["choice"]), mean_and_error(aligned["choice"])
+    assert after >= before - error, (
+        f"right answers fell from {before:.3f} ± {error:.3f} to {after:.3f}"
+    )
+    bits = (tuned["bits"], aligned["bits"])
+    assert bits[1] <= 1.05 * bits[0], f"bits per byte rose from {bits[0]:.2f} to {bits[1]:.2f}"
 
 
-# --- two processes, own data ---
+# --- two processes, other beginnings ---
 
 
 def test_two_processes_learn_the_same(demo, scores):
-    """Half the batch on each of two processes is the same batch: FSDP must agree with one process."""
+    """Half the batch on each of two processes is the same batch: FSDP must agree with one
+    process."""
     data = str(demo["run"] / "data")
     make("pretrain", RUN="two", GPUS="2", DATA=data, ARGS="--training.local_batch_size 2")
     make("finetune", RUN="two", GPUS="2", DATA=data, ARGS="batch_size=2")
     make("evaluate", RUN="two", DATA=data)
     evaluation = demo["runs"] / "two/evaluate"
-    bits = json.loads((evaluation / "verdict.json").read_text())["scores"]["relay_text/bits_per_byte"]
+    bits = json.loads((evaluation / "verdict.json").read_text())["scores"][
+        "relay_text/bits_per_byte"
+    ]
     choice, error = mean_and_error(metric(evaluation, "relay_choice", "acc_mutual_info"))
     one, one_error = mean_and_error(scores["finetune"]["choice"])
-    print(f"two processes: {bits:.3f} bits, choice {choice:.3f}; one: {scores['finetune']['bits']:.3f}, {one:.3f}")
-    assert abs(bits - scores["finetune"]["bits"]) < 0.08 * scores["finetune"]["bits"]
-    assert abs(choice - one) <= 3 * (error**2 + one_error**2) ** 0.5
-
-
-def test_a_users_own_text_goes_through_the_line(folder, tmp_path):
-    """A megabyte of English: the descriptions of the packages installed here."""
-    prose = [
-        p.read_text(errors="replace").split("\n\n", 1)[-1]
-        for p in sorted(Path(sys.prefix).glob("lib/python3*/site-packages/*/METADATA"))
-    ]
-    (tmp_path / "my book.txt").write_text("\n\n".join(prose)[:1_000_000])
-    out = make("pipeline", RUN="book", DATA=str(tmp_path / "my book.txt"), PORT="8019").stdout
-    make("undeploy", RUN="book")
-    assert "serving" in out
-    assert re.search(r"answered \S", out)
-
-
-def test_a_users_own_conversations_go_through_the_line(folder, tmp_path):
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"What is {a} times {b}?"},
-                {"role": "assistant", "content": f"{a} times {b} is exactly {a * b}."},
-            ]
-        }
-        for a in range(2, 62)
-        for b in range(2, 52)
-    ]
-    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    steps = {
-        "PRETRAIN_ARGS": "--training.steps 150",
-        "FINETUNE_ARGS": "max_steps_per_epoch=40",
-        "ALIGN_ARGS": "max_steps_per_epoch=20",
-    }
-    out = make("pipeline", RUN="chats", DATA=str(tmp_path / "chats.jsonl"), PORT="8020", FORCE="1", **steps).stdout
-    make("undeploy", RUN="chats")
-    assert re.search(r"answered \S", out)
+    alone = scores["finetune"]["bits"]
+    compared = f"two processes: {bits:.3f} bits, choice {choice:.3f}; one: {alone:.3f}, {one:.3f}"
+    print(compared)
+    assert abs(bits - alone) < 0.08 * alone, f"the bits per byte differ too much: {compared}"
+    bound = 3 * (error**2 + one_error**2) ** 0.5
+    assert abs(choice - one) <= bound, (
+        f"the right answers differ by more than {bound:.3f}: {compared}"
+    )
 
 
 def test_pretraining_goes_on_from_a_model(demo):
-    """FROM= in pretrain: the first loss is the model's, not a random one's (8.1). Started by what its dry run prints."""
+    """FROM= in pretrain: the first loss is the model's, not a random one's (8.1). Started by what
+    its dry run prints."""
     arguments = "--training.steps 3 --metrics.log_freq 1 --lr_scheduler.warmup_steps 1"
-    options = {"RUN": "on", "FROM": str(demo["run"] / "pretrain/model"), "DATA": str(demo["run"] / "data"), "ARGS": arguments}
-    subprocess.run(["bash", "-e"], input=make("pretrain", **options, DRY_RUN="1").stdout, cwd=ROOT, text=True, check=True)
+    options = {
+        "RUN": "on",
+        "FROM": str(demo["run"] / "pretrain/model"),
+        "DATA": str(demo["run"] / "data"),
+        "ARGS": arguments,
+    }
+    subprocess.run(
+        ["bash", "-e"],
+        input=make("pretrain", **options, DRY_RUN="1").stdout,
+        cwd=ROOT,
+        text=True,
+        check=True,
+    )
     assert "done already" in make("pretrain", **options).stdout, "make would have written the same"
-    assert loss_curve(demo["runs"] / "on/pretrain/metrics")[0][1] < 5.5
+    first = loss_curve(demo["runs"] / "on/pretrain/metrics")[0][1]
+    assert first < 5.5, f"a first loss of {first:.2f} is that of random weights"
 
 
 def test_lora_finetuning_hands_on_a_merged_model(demo):
     """The same stage with another config; no adapter files are handed on."""
     source, data = str(demo["run"] / "pretrain/model"), str(demo["run"] / "data")
-    make("finetune", RUN="lora", MODEL="debug-lora", FROM=source, DATA=data, ARGS="epochs=1 max_steps_per_epoch=10")
+    make(
+        "finetune",
+        RUN="lora",
+        MODEL="debug-lora",
+        FROM=source,
+        DATA=data,
+        ARGS="epochs=1 max_steps_per_epoch=10",
+    )
     names = {p.name for p in (demo["runs"] / "lora/finetune/model").iterdir()}
-    assert not [n for n in names if n.startswith("adapter")]
+    adapters = [name for name in names if name.startswith("adapter")]
+    assert not adapters, f"files of adapters were handed on: {adapters}"
     assert_same_logits(demo["runs"] / "lora/finetune/model", list(range(5, 100)))
 
 
@@ -330,10 +370,15 @@ def test_lora_finetuning_hands_on_a_merged_model(demo):
         ("pretrain", "[checkpoint]\nenable = false\n", ["checkpoint.enable must be true"]),
         (
             "pretrain",
-            "[training]\nlocal_batch_size = 100000\nseq_len = 256\n[checkpoint]\nenable = true\nlast_save_model_only = false",
+            "[training]\nlocal_batch_size = 100000\nseq_len = 256\n"
+            "[checkpoint]\nenable = true\nlast_save_model_only = false",
             ["less than one batch"],
         ),
-        ("finetune", None, ["batchsize", "did you mean batch_size", "epochs", "optimizer.learning_rate"]),
+        (
+            "finetune",
+            None,
+            ["batchsize", "did you mean batch_size", "epochs", "optimizer.learning_rate"],
+        ),
         ("finetune", "recipe: full_finetun\n", ["full_finetun"]),
         ("finetune", "a: [b\n", ["config.yaml"]),
         ("evaluate", "task: [x]\nbatch_size: 1\n", ["unknown key task"]),
@@ -357,10 +402,7 @@ def test_bad_configs_are_refused_in_the_job(demo, stage, config, words):
         if (source / name).exists():
             (directory / name).write_text((source / name).read_text())
     (directory / f"config.{'toml' if stage == 'pretrain' else 'yaml'}").write_text(config)
-    result = subprocess.run([sys.executable, "-m", f"scripts.{stage}", str(directory)], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 64, result.stdout + result.stderr
-    assert "Traceback" not in result.stderr
-    for word in words:
-        assert word in result.stderr
-    assert not (directory / "model").exists()
-    assert not (directory / "stage.json").exists()
+    command = [sys.executable, "-m", f"scripts.{stage}", str(directory)]
+    assert_refused(subprocess.run(command, cwd=ROOT, capture_output=True, text=True), *words)
+    for name in ("model", "stage.json"):
+        assert not (directory / name).exists(), f"a refused stage must leave no {name}"

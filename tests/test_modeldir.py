@@ -1,12 +1,15 @@
-"""The Hugging Face directory that stages hand on: every way it can be broken is named; a hand-over is whole."""
+"""The Hugging Face directory that stages hand on: every way it can be broken is named; a hand-over
+is whole."""
 
 import json
 
 import pytest
-from conftest import write_safetensors
 
 from scripts.run import modeldir
+from scripts.run.digests import Digests
 from scripts.run.errors import InputError
+from scripts.run.layout import Run
+from tests.support.models import write_safetensors
 
 
 def edit(path, **changes):
@@ -17,7 +20,9 @@ def breakage(name):
     """One way to break a directory, by name."""
 
     def index(model):
-        (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "model-00002.safetensors"}}))
+        (model / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"x": "model-00002.safetensors"}})
+        )
 
     def pickle(model):
         (model / "model.safetensors").rename(model / "pytorch_model.bin")
@@ -26,11 +31,19 @@ def breakage(name):
         "no config": lambda m: (m / "config.json").unlink(),
         "broken config": lambda m: (m / "config.json").write_text("{"),
         "other architecture": lambda m: edit(m / "config.json", architectures=["MambaForCausalLM"]),
-        "cut short": lambda m: (m / "model.safetensors").write_bytes((m / "model.safetensors").read_bytes()[:-1]),
-        "cut in header": lambda m: (m / "model.safetensors").write_bytes((m / "model.safetensors").read_bytes()[:20]),
-        "not safetensors": lambda m: (m / "model.safetensors").write_bytes(b"\x08" + bytes(7) + b"notjson!"),
+        "cut short": lambda m: (m / "model.safetensors").write_bytes(
+            (m / "model.safetensors").read_bytes()[:-1]
+        ),
+        "cut in header": lambda m: (m / "model.safetensors").write_bytes(
+            (m / "model.safetensors").read_bytes()[:20]
+        ),
+        "not safetensors": lambda m: (m / "model.safetensors").write_bytes(
+            b"\x08" + bytes(7) + b"notjson!"
+        ),
         "missing shard": index,
-        "missing layers": lambda m: write_safetensors(m / "model.safetensors", ["model.layers.0.mlp.down_proj.weight"]),
+        "missing layers": lambda m: write_safetensors(
+            m / "model.safetensors", ["model.layers.0.mlp.down_proj.weight"]
+        ),
         "pickle": pickle,
         "no weights": lambda m: (m / "model.safetensors").unlink(),
         "no tokenizer": lambda m: (m / "tokenizer.json").unlink(),
@@ -61,7 +74,7 @@ def test_every_breakage_is_named(model, name, words):
     breakage(name)(model)
     said = " ".join(modeldir.problems(model))
     for word in words:
-        assert word in said
+        assert word in said, f"the problem does not name {word!r}: {said}"
 
 
 def test_hand_over_completes_verifies_and_renames(model, tmp_path):
@@ -69,9 +82,9 @@ def test_hand_over_completes_verifies_and_renames(model, tmp_path):
     weights.mkdir()
     (model / "model.safetensors").rename(weights / "model.safetensors")
     write_safetensors(weights / "adapter_model.safetensors", ["x"])
-    result = modeldir.hand_over(weights, model, tmp_path / "out")
+    result = modeldir.hand_over(weights, model, tmp_path / "out", Digests(Run(tmp_path, "x")))
     out = tmp_path / "out"
-    assert not weights.exists()
+    assert not weights.exists(), "the export must move, not stay behind"
     assert sorted(p.name for p in out.iterdir()) == [
         "config.json",
         "generation_config.json",
@@ -80,9 +93,11 @@ def test_hand_over_completes_verifies_and_renames(model, tmp_path):
         "tokenizer.json",
         "tokenizer_config.json",
     ]
-    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [1, 2], "vLLM must stop at the end of a turn"
-    assert result["parameters"] == 2
-    assert result["digest"].startswith("sha256:")
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [1, 2], (
+        "vLLM must stop at the end of a turn"
+    )
+    assert result["parameters"] == 2, f"the two parameters were not counted: {result}"
+    assert result["digest"].startswith("sha256:"), f"the digest is no SHA-256: {result}"
 
 
 def test_a_broken_export_is_not_handed_over(model, tmp_path):
@@ -90,5 +105,5 @@ def test_a_broken_export_is_not_handed_over(model, tmp_path):
     weights.mkdir()
     write_safetensors(weights / "model.safetensors", ["model.layers.0.mlp.down_proj.weight"])
     with pytest.raises(InputError, match=r"model.layers.1"):
-        modeldir.hand_over(weights, model, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        modeldir.hand_over(weights, model, tmp_path / "out", Digests(Run(tmp_path, "x")))
+    assert not (tmp_path / "out").exists(), "a broken export must not be handed over"

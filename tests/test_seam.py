@@ -1,15 +1,17 @@
-"""The seam between the tools, on random weights: one config.json, one tokenizer, one chat template."""
+"""The seam between the tools, on random weights: one config.json, one tokenizer, one chat
+template."""
 
 import json
 import shutil
 
 import pytest
-from conftest import ROOT
-from seam import assert_same_logits
 
-from scripts.corpus.tokenizer import render, train_tokenizer
+from scripts.corpus.tokenizer import render
 from scripts.run.errors import InputError
 from scripts.tools import architecture
+from tests.support.logits import assert_same_logits
+from tests.support.models import make_model
+from tests.support.runs import ROOT
 
 CHAT = [
     {"role": "system", "content": "Be brief.  "},
@@ -26,21 +28,6 @@ SCALED = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-
-
-def make_model(directory, **changes):
-    """A Hugging Face directory of the debug architecture, with changes, and random weights."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = {**json.loads((ROOT / "configs/models/debug/config.json").read_text()), **changes}
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**config))
-    model.save_pretrained(directory)
-    (directory / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForCausalLM"]}))
-    texts = [(ROOT / "scripts" / name).read_text() for name in ("corpus/sources.py", "corpus/splits.py", "job/stage.py")]
-    train_tokenizer(texts, config["vocab_size"], config["max_position_embeddings"], directory)
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +68,10 @@ def test_what_cannot_be_expressed_exactly_is_refused_by_name(tmp_path, changes, 
 
 
 def test_torchtitan_cannot_tie(tmp_path):
-    config = {**json.loads((ROOT / "configs/models/debug/config.json").read_text()), "tie_word_embeddings": True}
+    config = {
+        **json.loads((ROOT / "configs/models/debug/config.json").read_text()),
+        "tie_word_embeddings": True,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="cannot tie"):
         architecture.torchtitan_model_args(tmp_path / "config.json")
@@ -108,7 +98,9 @@ def test_only_answers_are_learned_and_the_tokens_are_those_of_serving(born_here)
     from scripts.tools.chat_tokenizer import ChatTokenizer
 
     tokenizer = ChatTokenizer(str(born_here))
-    messages = [Message(role=m["role"], content=m["content"], masked=m["role"] != "assistant") for m in CHAT]
+    messages = [
+        Message(role=m["role"], content=m["content"], masked=m["role"] != "assistant") for m in CHAT
+    ]
     ids, mask = tokenizer.tokenize_messages(messages)
     learned = tokenizer.decode([i for i, m in zip(ids, mask) if not m], skip_special_tokens=False)
     assert learned == " It joins path components. <|end_of_turn|>Welcome.<|end_of_turn|>"
@@ -135,7 +127,9 @@ def test_a_template_that_rewrites_history_is_refused(born_here, tmp_path):
     from scripts.tools.chat_tokenizer import ChatTokenizer
 
     directory = shutil.copytree(born_here, tmp_path / "model")
-    (directory / "chat_template.jinja").write_text("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    (directory / "chat_template.jinja").write_text(
+        "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
     messages = [Message("user", "a", masked=True), Message("assistant", "b")]
     with pytest.raises(InputError, match="prefix"):
         ChatTokenizer(str(directory)).tokenize_messages(messages)

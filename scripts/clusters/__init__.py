@@ -1,4 +1,5 @@
-"""How a job gets to where it runs: one module a cluster, behind one interface.
+"""How a job gets to where it runs: one module a cluster, behind one interface (interface.py).
 
-The launcher imports it. It imports scripts.run and the standard library, Python 3.9 or newer.
+scripts.launcher imports this room. It imports scripts.run and the standard library alone and runs
+on Python 3.9.
 """

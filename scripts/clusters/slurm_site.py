@@ -1,70 +1,113 @@
-"""What keeps a job out of the queue and can be seen without Slurm: slurm/site.env, what it names, and the sbatch files.
-
-Standard library only, Python 3.9 or newer.
-"""
+"""What keeps a job out of the queue and can be seen without Slurm: slurm/site.env, the files it
+names, and the headers of the sbatch files."""
 
 from __future__ import annotations
 
+import json
 import re
-import subprocess
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
+from scripts.clusters.commands import ask
 from scripts.run.layout import ROOT
 from scripts.run.preflight import venv_problems
 
 SITE = "slurm/site.env"
+RUNTIMES = ("none", "pyxis", "apptainer")
+TOLD = re.compile("(SBATCH|RELAY|NCCL|GLOO|FI)_")  # what of its variables a dry run shows
 
 
-def site_problems() -> list[str]:
-    """Whether site.env can be read, has no syntax error and says what jobs run in."""
-    try:
-        (ROOT / SITE).read_text(encoding="utf-8")
-    except OSError as error:
-        return [f"{SITE}: {error.strerror}; restore it: git checkout {SITE}"]
-    tried = ask("bash", "-c", f"set -eu; set -a; . {SITE}")
-    if tried.returncode:
-        said = tried.stderr.strip().replace(f"{SITE}: ", "").replace("bash: line 1: ", "")
-        return [f"{SITE}: {said or 'a command in it ends with ' + str(tried.returncode)}; mend it"]
-    site = read_site()
-    runtime = site.get("RELAY_RUNTIME", "none")
-    if runtime not in ("none", "pyxis", "apptainer"):
-        return [f"{SITE}: RELAY_RUNTIME={runtime}: unknown; known: none, pyxis, apptainer"]
-    return [] if runtime == "none" or site.get("RELAY_IMAGE") else [f"{SITE}: RELAY_RUNTIME={runtime} needs RELAY_IMAGE"]
+class Site:
+    """Hold the environment as site.env leaves it; `problems` if it cannot be read."""
 
+    def __init__(self, environment: Mapping[str, str]):
+        self.problems: list[str] = []
+        self.variables: dict[str, str] = {}
+        try:
+            (ROOT / SITE).read_text(encoding="utf-8")
+        except OSError as error:
+            self.problems = [f"{SITE}: {error.strerror}; restore it: git checkout {SITE}"]
+            return
+        script = f"set -eu; set -a; . {SITE} >&2; env -0"
+        tried = ask("bash", "-c", script, environment=environment)
+        if tried.returncode:
+            said = tried.stderr.strip().replace(f"{SITE}: ", "").replace("bash: line 1: ", "")
+            said = said or f"a command in it ends with {tried.returncode}"
+            self.problems = [f"{SITE}: {said}; mend it"]
+            return
+        entries = (entry for entry in tried.stdout.split("\0") if "=" in entry)
+        self.variables = dict(entry.split("=", 1) for entry in entries)
+        runtime = self.get("RELAY_RUNTIME", "none")
+        if runtime not in RUNTIMES:
+            known = ", ".join(RUNTIMES)
+            self.problems = [f"{SITE}: RELAY_RUNTIME={runtime}: unknown; known: {known}"]
+        elif runtime != "none" and not self.get("RELAY_IMAGE"):
+            self.problems = [f"{SITE}: RELAY_RUNTIME={runtime} needs RELAY_IMAGE"]
 
-def read_site() -> dict[str, str]:
-    """The environment as site.env leaves it."""
-    listed = ask("bash", "-c", f"set -a; . {SITE} >&2; env -0").stdout
-    return dict(entry.split("=", 1) for entry in listed.split("\0") if "=" in entry)
+    def get(self, name: str, default: str = "") -> str:
+        """Return a variable's value, `default` if it is empty or not set."""
+        return self.variables.get(name) or default
 
+    def told(self) -> str:
+        """Format the variables that a dry run shows, on one line: a value with a line break in it
+        would leave the comment that it stands in, and run when it is pasted."""
+        shown = sorted((k, v) for k, v in self.variables.items() if v and TOLD.match(k))
+        return " ".join(
+            f"{k}={shlex.quote(v) if v.isprintable() else json.dumps(v)}" for k, v in shown
+        )
 
-def image_problems(site: dict[str, str]) -> list[str]:
-    """Whether what jobs run in is there."""
-    runtime, image = site.get("RELAY_RUNTIME", "none"), site.get("RELAY_IMAGE", "")
-    if runtime == "none":
-        return [f"{problem} (RELAY_RUNTIME=none runs jobs in it)" for problem in venv_problems()]
-    is_file = image.startswith(("/", ".")) or image.endswith((".sqsh", ".sif"))  # else a registry's name
-    return [f"{SITE}: RELAY_IMAGE={image}: no such file"] if is_file and not (ROOT / image).exists() else []
+    def image_problems(self) -> list[str]:
+        """Tell whether what jobs run in is there."""
+        runtime, image = self.get("RELAY_RUNTIME", "none"), self.get("RELAY_IMAGE")
+        if runtime == "none":
+            return [
+                f"{problem} (RELAY_RUNTIME=none runs jobs in it)" for problem in venv_problems()
+            ]
+        # Anything else is a name in a registry, which is not asked.
+        is_file = image.startswith(("/", ".")) or image.endswith((".sqsh", ".sif"))
+        missing = is_file and not (ROOT / image).exists()
+        return [f"{SITE}: RELAY_IMAGE={image}: no such file"] if missing else []
 
+    def secret_problems(self) -> list[str]:
+        """List the secret files that others can read."""
+        path = Path(self.get("HF_TOKEN_PATH", "/dev/null"))
+        try:
+            open_to_others = path.is_file() and path.stat().st_mode & 0o077
+        except OSError as error:
+            return [f"HF_TOKEN_PATH={path}: {error.strerror}"]
+        mend = f"chmod 600 {path}"
+        return [f"HF_TOKEN_PATH={path}: readable by others; {mend}"] if open_to_others else []
 
-def secret_problems(site: dict[str, str]) -> list[str]:
-    """Secret files that others can read."""
-    path = Path(site.get("HF_TOKEN_PATH") or "/dev/null")
-    try:
-        open_to_others = path.is_file() and path.stat().st_mode & 0o077
-    except OSError as error:
-        return [f"HF_TOKEN_PATH={path}: {error.strerror}"]
-    return [f"HF_TOKEN_PATH={path}: readable by others; chmod 600 {path}"] if open_to_others else []
+    def time_problems(self, stage: str) -> list[str]:
+        """Tell whether a stage's time limit leaves nothing before its signal."""
+        lines, file = header(stage), f"slurm/{stage}.sbatch"
+        limit = self.get("SBATCH_TIMELIMIT", lines.get("time", ""))
+        signal = self.get("SBATCH_SIGNAL", lines.get("signal", ""))
+        try:
+            lead = int(signal.partition("@")[2] or "60")
+            if seconds(limit) > lead:
+                return []
+        except ValueError:
+            return [f"{file}: --time={limit} --signal={signal}: not as man sbatch has them"]
+        return [
+            f"{file}: --time={limit} is not more than the {lead} s of --signal={signal}: it would "
+            "leave as soon as it starts; give more time (SBATCH_TIMELIMIT=…), or a shorter lead "
+            "(SBATCH_SIGNAL=USR1@…)"
+        ]
 
 
 def header(stage: str) -> dict[str, str]:
-    """{option: value} of a stage's #SBATCH lines."""
+    """Read {option: value} from a stage's #SBATCH lines."""
     text = (ROOT / f"slurm/{stage}.sbatch").read_text(encoding="utf-8")
-    return {name: value for name, value in re.findall(r"^#SBATCH --([\w-]+)=?(\S*)", text, re.M)}
+    return dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)", text, re.M))
 
 
 def seconds(limit: str) -> float:
-    """Slurm's ways to write a time limit (man sbatch, --time), in seconds."""
+    """Convert one of Slurm's ways to write a time limit (man sbatch, --time) to seconds.
+
+    Raises ValueError for anything else.
+    """
     if limit.upper() in ("UNLIMITED", "INFINITE"):
         return float("inf")
     days, dash, rest = limit.rpartition("-")
@@ -76,29 +119,3 @@ def seconds(limit: str) -> float:
     else:
         hours, (minutes, secs) = 0, [*parts, 0][:2]
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + secs
-
-
-def time_problems(stage: str, site: dict[str, str]) -> list[str]:
-    """A time limit that leaves nothing before its signal."""
-    lines = header(stage)
-    limit, signal = site.get("SBATCH_TIMELIMIT") or lines.get("time", ""), site.get("SBATCH_SIGNAL") or lines.get("signal", "")
-    try:
-        lead = int(signal.partition("@")[2] or "60")
-        if seconds(limit) > lead:
-            return []
-    except ValueError:
-        return [f"slurm/{stage}.sbatch: --time={limit} --signal={signal}: not as man sbatch has them"]
-    return [
-        f"slurm/{stage}.sbatch: --time={limit} is not more than the {lead} s of --signal={signal}: it would leave as soon as it "
-        "starts; give more time (SBATCH_TIMELIMIT=…), or a shorter lead (SBATCH_SIGNAL=USR1@…)"
-    ]
-
-
-def ask(*words: str, env: dict[str, str] | None = None, timeout: float = 30) -> subprocess.CompletedProcess:
-    """Run a command in the repository; never raises: what went wrong is in its stderr."""
-    try:
-        return subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
-    except FileNotFoundError:
-        return subprocess.CompletedProcess(words, 127, "", f"{words[0]}: not on PATH; is this a login node of the cluster?")
-    except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(words, 124, "", f"no answer in {timeout:.0f} s")

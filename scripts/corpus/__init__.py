@@ -1,4 +1,5 @@
-"""Data: sources, splits and the tokenizer of a model born here.
+"""The corpus: where text comes from, how it is split into sets, the tokenizer trained on it.
 
-scripts.data imports it. It imports scripts.run.
+scripts.data imports this room, and scripts.tools.chat_tokenizer its template_from. It imports
+scripts.run, the standard library, tokenizers and jinja2.
 """

@@ -1,7 +1,6 @@
-"""Where text comes from: the documentation inside this Python, or the user's own .txt and .jsonl files.
+"""Where text comes from: the documentation inside this Python, or the user's own .txt and .jsonl.
 
-Every source yields the same three kinds of material (`Corpus`); `scripts/splits.py` derives what a source lacks.
-Standard library only, so that `make data` can refuse a bad file before anything heavy is imported.
+Every source yields the same three kinds of material (Corpus); splits.py derives what one lacks.
 """
 
 from __future__ import annotations
@@ -21,34 +20,45 @@ from pathlib import Path
 from scripts.run.errors import InputError
 
 FORMS = (
-    '{"text": "…"}, {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}, '
-    '{"instruction": "…", "output": "…"} or {"prompt": "…", "chosen": "…", "rejected": "…"}'
+    '{"text": "…"}, {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", '
+    '"content": "…"}]}, {"instruction": "…", "output": "…"} or '
+    '{"prompt": "…", "chosen": "…", "rejected": "…"}'
 )
+
+
+PYTHON = "python"  # DATA's word for the documentation inside this Python
 
 
 @dataclass
 class Corpus:
-    """Material of one source. A conversation is a list of {"role", "content"} that ends with the assistant."""
+    """Hold the material of one source. A conversation is a list of {"role", "content"} that ends
+    with the assistant; a preference is {"chosen": conversation, "rejected": conversation}."""
 
     name: str
     documents: list[str] = field(default_factory=list)
     conversations: list[list[dict]] = field(default_factory=list)
-    preferences: list[dict] = field(default_factory=list)  # {"chosen": conversation, "rejected": conversation}
+    preferences: list[dict] = field(default_factory=list)
 
 
 def conversation(question: str, answer: str) -> list[dict]:
-    """One user turn and one assistant turn."""
+    """Make a conversation of one user turn and one assistant turn."""
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-# --- the documentation inside this Python ---------------------------------------------------------------------
+def read_corpus(path: Path | None) -> Corpus:
+    """Read the user's file or folder, or this Python's documentation if `path` is None."""
+    return python_documentation() if path is None else user_files(path)
+
+
+# --- the documentation inside this Python
 
 
 def python_documentation() -> Corpus:
-    """Docstrings of the standard library and the language reference that ships with it (pydoc_data.topics).
+    """Read the docstrings of the standard library and its language reference (pydoc_data.topics).
 
-    Pure Python modules are parsed, never imported; only C modules are imported, since their docstrings exist
-    nowhere else. The text differs between Python versions: record sys.version beside any digest of it.
+    Pure Python modules are parsed, never imported; only C modules are imported, since their
+    docstrings exist nowhere else. The text differs between Python versions: record sys.version
+    beside any digest of it.
     """
     corpus = Corpus(name=f"documentation of Python {sys.version.split()[0]}")
     for name, text in sorted(set(_parsed_docstrings()) | set(_compiled_docstrings())):
@@ -57,33 +67,38 @@ def python_documentation() -> Corpus:
         sentence = first_sentence(text)
         if sentence:
             corpus.conversations.append(conversation(f"What does {name} do?", sentence))
-    corpus.documents += [f"{topic}\n\n{text.strip()}" for topic, text in sorted(pydoc_data.topics.topics.items())]
+    topics = sorted(pydoc_data.topics.topics.items())
+    corpus.documents += [f"{topic}\n\n{text.strip()}" for topic, text in topics]
     return corpus
 
 
 def first_sentence(text: str) -> str:
-    """The first sentence of a docstring on one line; "" where it opens with code, a list or nothing whole."""
+    """Return a docstring's first sentence on one line; "" if it opens with code, with a list or
+    with no whole sentence."""
     lines = text.strip().splitlines()
-    while lines and (not lines[0].strip() or re.match(r"^[\w.]+\(.*\)\s*(->.*)?$", lines[0].strip())):
-        lines.pop(0)  # a C function's call signature above its description
+    signature = re.compile(r"^[\w.]+\(.*\)\s*(->.*)?$")  # a C function's, above its description
+    while lines and (not lines[0].strip() or signature.match(lines[0].strip())):
+        lines.pop(0)
     paragraph = " ".join("\n".join(lines).split("\n\n")[0].split())
     match = re.match(r"[A-Z][^\n]*?[a-z0-9)'\"`][.!?](?=\s|$)", paragraph)
     sentence = match.group(0) if match else ""
-    return sentence if 4 <= len(sentence.split()) <= 30 and len(sentence) <= 200 else ""
+    usable = 4 <= len(sentence.split()) <= 30 and len(sentence) <= 200
+    return sentence if usable else ""
 
 
 def _parsed_docstrings():
     library = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__", "pydoc_data"}
+    skipped = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
+    skipped |= {"__pycache__", "pydoc_data"}
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).with_suffix("").parts
         if skipped & set(parts):
             continue
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # invalid escapes in old sources are not the user's concern
+                warnings.simplefilter("ignore")  # invalid escapes in old sources
                 tree = ast.parse(path.read_bytes())
-        except SyntaxError:  # deliberate bad sources exist in some distributions' libraries
+        except SyntaxError:  # some distributions' libraries hold bad sources on purpose
             continue
         module = ".".join(p for p in parts if p != "__init__")
         yield from _walk(tree, module)
@@ -99,7 +114,8 @@ def _walk(node: ast.AST, name: str):
 
 
 def _compiled_docstrings():
-    dynamic = {p.name.split(".")[0] for p in Path(sysconfig.get_paths()["platstdlib"], "lib-dynload").glob("*.so")}
+    folder = Path(sysconfig.get_paths()["platstdlib"], "lib-dynload")
+    dynamic = {p.name.split(".")[0] for p in folder.glob("*.so")}
     for module_name in sorted(set(sys.builtin_module_names) | dynamic):
         if "test" in module_name or module_name.startswith("_tkinter"):
             continue
@@ -121,15 +137,17 @@ def _compiled_docstrings():
                 yield f"{owner}.{name}", text
 
 
-# --- the user's own files --------------------------------------------------------------------------------------
+# --- the user's own files
 
 
 def user_files(path: Path) -> Corpus:
     """Read one .txt or .jsonl file, or every such file of a folder.
 
-    Raises InputError that names file and line of every bad line (the first 20).
+    Raises InputError naming file and line of every bad line (the first 20).
     """
-    files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl")) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl"))
     if not path.exists():
         raise InputError(f"DATA={path}: no such file or folder")
     if not files or files[0].suffix not in (".txt", ".jsonl"):
@@ -141,10 +159,9 @@ def user_files(path: Path) -> Corpus:
             text = raw.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             line = raw.count(b"\n", 0, error.start) + 1
-            problems.append(
-                f"{file}: line {line}: not UTF-8 (byte 0x{raw[error.start]:02x} at offset {error.start}); "
-                f"convert it: iconv -f latin1 -t utf-8 '{file.name}'"
-            )
+            where = f"byte 0x{raw[error.start]:02x} at offset {error.start}"
+            mend = f"convert it: iconv -f latin1 -t utf-8 '{file.name}'"
+            problems.append(f"{file}: line {line}: not UTF-8 ({where}); {mend}")
             continue
         if not text.strip():
             problems.append(f"{file}: empty; give it text or leave it out of DATA")
@@ -159,7 +176,8 @@ def user_files(path: Path) -> Corpus:
 
 
 def _blocks(text: str, size: int = 2000) -> list[str]:
-    """Cut a long text into documents of about `size` characters, between paragraphs where there are any."""
+    """Cut a long text into documents of about `size` characters: between paragraphs, or between
+    lines where a paragraph is much longer."""
     parts = re.split(r"\n\s*\n", text)
     if max(map(len, parts)) > 4 * size:  # a log: no blank lines
         parts = text.splitlines()
@@ -184,7 +202,8 @@ def _read_jsonl(file: Path, text: str, corpus: Corpus) -> list[str]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            problems.append(f"{file}: line {number}: not JSON ({error.msg} at column {error.colno})")
+            what = f"not JSON ({error.msg} at column {error.colno})"
+            problems.append(f"{file}: line {number}: {what}")
             continue
         problem = _add_row(row, corpus)
         if problem:
@@ -193,11 +212,12 @@ def _read_jsonl(file: Path, text: str, corpus: Corpus) -> list[str]:
 
 
 def _add_row(row: object, corpus: Corpus) -> str:
-    """Add one .jsonl row to the corpus; returns what is wrong with it, or ""."""
+    """Add one .jsonl row to the corpus; return what is wrong with it, or ""."""
     if not isinstance(row, dict):
         return f"not a JSON object; one of {FORMS}"
     if "chosen" in row and "rejected" in row:
-        sides = {side: _as_conversation(row[side], row.get("prompt")) for side in ("chosen", "rejected")}
+        prompt = row.get("prompt")
+        sides = {side: _as_conversation(row[side], prompt) for side in ("chosen", "rejected")}
         if isinstance(sides["chosen"], str) or isinstance(sides["rejected"], str):
             return next(value for value in sides.values() if isinstance(value, str))
         if sides["chosen"][:-1] != sides["rejected"][:-1]:
@@ -206,8 +226,8 @@ def _add_row(row: object, corpus: Corpus) -> str:
     elif "messages" in row or "instruction" in row:
         turns = row.get("messages")
         if turns is None:
-            question = "\n\n".join(str(row[key]) for key in ("instruction", "input") if row.get(key))
-            turns = conversation(question, row.get("output", ""))
+            parts = [str(row[key]) for key in ("instruction", "input") if row.get(key)]
+            turns = conversation("\n\n".join(parts), row.get("output", ""))
         checked = _as_conversation(turns, None)
         if isinstance(checked, str):
             return checked
@@ -222,7 +242,7 @@ def _add_row(row: object, corpus: Corpus) -> str:
 
 
 def _as_conversation(turns: object, prompt: object) -> list[dict] | str:
-    """A checked conversation, or what is wrong with it."""
+    """Return the checked conversation, or a sentence about what is wrong with it."""
     if isinstance(turns, str):
         if not isinstance(prompt, str):
             return 'chosen and rejected as text need a "prompt"'

@@ -1,9 +1,9 @@
-"""Corpus → training and held-out sets, split by sentence so that nothing held out is ever trained on.
+"""How a corpus becomes training and held-out sets: split by sentence, so that nothing held out is
+ever trained on.
 
-What a corpus lacks is derived from what it has: conversations from neighbouring sentences of its documents,
-documents from its conversations, preferences from right answers against other answers.
+What a corpus lacks is derived from what it has: conversations from neighbouring sentences of its
+documents, documents from its conversations, preferences from right answers against other answers.
 Every choice is made by hash or by a fixed seed: the same corpus gives the same bytes.
-Standard library only.
 """
 
 from __future__ import annotations
@@ -23,79 +23,95 @@ MIN_HELD_OUT = 20  # questions below which an evaluation says nothing at all
 
 @dataclass
 class Splits:
-    """Training and held-out sets; the keys of `sets` are the file names `make data` writes."""
+    """Hold training and held-out sets; the keys of `sets` are the names of the files."""
 
     sets: dict[str, list[dict]]
     held_out_sentences: list[str]  # normalised; none of them occurs in any training set
 
 
 def normalise(text: str) -> str:
-    """Words alone, lower case, single spaces: two sentences are the same if this is."""
+    """Reduce a text to its words, in lower case with single spaces: two sentences count as the
+    same if this is."""
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
 def sentences(text: str) -> list[str]:
-    """Sentences of a text in order; a line is one where the text has no sentences (a log)."""
+    """List the sentences of a text in order; where it has none, as a log, each line is one."""
     found = []
     for paragraph in re.split(r"\n\s*\n", text):
         parts = re.split(r"(?<=[.!?])\s+", paragraph.strip())
         for part in parts:
             long = len(part.split()) > 60
-            found += [s.strip() for s in (part.splitlines() if long else [" ".join(part.split())]) if s.strip()]
+            pieces = part.splitlines() if long else [" ".join(part.split())]
+            found += [s.strip() for s in pieces if s.strip()]
     return found
 
 
 def split(corpus: Corpus) -> Splits:
-    """Make every set from one corpus. Raises InputError when it is too small to hold anything out."""
+    """Make every set from one corpus. Raises InputError if it is too small to hold text out."""
     documents = _unique(corpus.documents, normalise)
-    pairs = _unique([_last_pair(turns) for turns in corpus.conversations], lambda pair: normalise(" ".join(pair)))
+    last_pairs = [_last_pair(turns) for turns in corpus.conversations]
+    pairs = _unique(last_pairs, lambda pair: normalise(" ".join(pair)))
     multi_turn = [turns for turns in corpus.conversations if len(turns) > 2]
     preferences = list(corpus.preferences)
     if not documents:
-        documents = [
-            turn_text
-            for turns in corpus.conversations + [p["chosen"] for p in preferences]
-            for turn_text in ["\n\n".join(t["content"] for t in turns)]
-        ]
+        conversations = corpus.conversations + [p["chosen"] for p in preferences]
+        documents = ["\n\n".join(turn["content"] for turn in turns) for turns in conversations]
     if not pairs:
         pairs = [_last_pair(p["chosen"]) for p in preferences] or _neighbours(documents)
 
     # Held-out answers, and whole held-out documents with every sentence in them.
-    answers = sorted({normalise(a): a for _, a in pairs if len(normalise(a).split()) >= KEY_WORDS}.items())
-    held_answers = {key for key, _ in answers if _bucket(key) < max(12, min(30, 60000 // max(1, len(answers))))}
-    held_documents = [d for d in documents if _bucket("document " + normalise(d)) < 3] if len(documents) > 50 else documents[-1:]
+    answers = {normalise(answer) for _, answer in pairs}
+    answers = {key for key in answers if len(key.split()) >= KEY_WORDS}
+    share = max(12, min(30, 60000 // max(1, len(answers))))  # per cent
+    held_answers = {key for key in answers if _bucket(key) < share}
+    held_documents = documents[-1:]
+    if len(documents) > 50:
+        held_documents = [d for d in documents if _bucket("document " + normalise(d)) < 3]
     held = _Phrases(held_answers | {normalise(s) for d in held_documents for s in sentences(d)})
     kept = set(map(id, held_documents))
-    training_documents = [text for d in documents if id(d) not in kept for text in [held.remove_from(d)] if text]
+    rests = (held.remove_from(d) for d in documents if id(d) not in kept)
+    training_documents = [text for text in rests if text]
 
     train_pairs = [p for p in pairs if not held.any_in(p[0]) and not held.any_in(p[1])]
-    test_pairs = _unique([p for p in pairs if normalise(p[1]) in held_answers], lambda pair: normalise(pair[1]))
+    held_pairs = [p for p in pairs if normalise(p[1]) in held_answers]
+    test_pairs = _unique(held_pairs, lambda pair: normalise(pair[1]))
     train_sft = [{"messages": conversation(*p)} for p in train_pairs]
-    train_sft += [{"messages": m} for m in multi_turn if not any(held.any_in(t["content"]) for t in m)]
+    train_sft += [{"messages": turns} for turns in multi_turn if not held.any_in_turns(turns)]
     if len(test_pairs) < MIN_HELD_OUT or not training_documents or not train_sft:
         raise InputError(
-            f"{corpus.name}: too small: {len(documents)} documents and {len(pairs)} questions leave "
-            f"{len(test_pairs)} held-out questions, {MIN_HELD_OUT} are needed; give DATA about 100 kB of text or more"
+            f"{corpus.name}: too small: {len(documents)} documents and {len(pairs)} questions "
+            f"leave {len(test_pairs)} held-out questions, {MIN_HELD_OUT} are needed; give DATA "
+            "about 100 kB of text or more"
         )
     rng = random.Random(0)
     train_answers, test_answers = [a for _, a in train_pairs], [a for _, a in test_pairs]
     if preferences:
-        preferences = [p for p in preferences if not any(held.any_in(t["content"]) for side in p.values() for t in side)]
+        preferences = [p for p in preferences if not any(map(held.any_in_turns, p.values()))]
     else:
-        preferences = [
-            _preference(q, a, _others(rng, train_answers, a, 1)[0]) for q, a in rng.sample(train_pairs, min(2000, len(train_pairs)))
-        ]
+        chosen = rng.sample(train_pairs, min(2000, len(train_pairs)))
+        preferences = [_preference(q, a, _others(rng, train_answers, a, 1)[0]) for q, a in chosen]
     choices = []
-    rng.shuffle(test_pairs)  # neighbours by name ask alike: the shuffled-question control needs unrelated ones
-    for (question, answer), (other_question, _) in zip(test_pairs, test_pairs[1:] + test_pairs[:1]):
+    # Neighbours by name ask alike, and the control with shuffled questions needs unrelated ones.
+    rng.shuffle(test_pairs)
+    others = test_pairs[1:] + test_pairs[:1]
+    for (question, answer), (other_question, _) in zip(test_pairs, others):
         options = [answer, *_others(rng, test_answers, answer, CHOICES - 1)]
         rng.shuffle(options)
         choices.append(
-            {"question": question, "shuffled_question": other_question, "choices": options, "answer": options.index(answer)}
+            {
+                "question": question,
+                "shuffled_question": other_question,
+                "choices": options,
+                "answer": options.index(answer),
+            }
         )
-    held_preferences = [_preference(q, a, _others(rng, test_answers, a, 1)[0]) for q, a in test_pairs]
+    held_preferences = [
+        _preference(q, a, _others(rng, test_answers, a, 1)[0]) for q, a in test_pairs
+    ]
     rng.shuffle(training_documents)
-    rng.shuffle(train_sft)  # packing keeps the file's order: neighbours by name would share a row and a batch
+    # Packing keeps the file's order: neighbours by name would share a row and a batch.
+    rng.shuffle(train_sft)
     return Splits(
         sets={
             "text.jsonl": [{"text": d} for d in training_documents],
@@ -110,7 +126,7 @@ def split(corpus: Corpus) -> Splits:
 
 
 class _Phrases:
-    """Finds any of many word sequences inside texts, in one pass over each text."""
+    """Find any of many word sequences inside texts, in one pass over each text."""
 
     def __init__(self, phrases: set[str]):
         self.phrases = {p for p in phrases if len(p.split()) >= KEY_WORDS}
@@ -120,6 +136,7 @@ class _Phrases:
             self.by_key.setdefault(tuple(words[:KEY_WORDS]), []).append(words)
 
     def any_in(self, text: str) -> bool:
+        """Tell whether a text holds any of the phrases."""
         words = normalise(text).split()
         return any(
             words[i : i + len(phrase)] == phrase
@@ -127,8 +144,13 @@ class _Phrases:
             for phrase in self.by_key.get(tuple(words[i : i + KEY_WORDS]), ())
         )
 
+    def any_in_turns(self, turns: list[dict]) -> bool:
+        """Tell whether any turn of a conversation holds any of the phrases."""
+        return any(self.any_in(turn["content"]) for turn in turns)
+
     def remove_from(self, document: str) -> str:
-        """The document without the sentences that hold a phrase; "" if nothing much is left."""
+        """Return the document without the sentences that hold a phrase; "" if less than a
+        sentence is left."""
         if not self.any_in(document):
             return document
         rest = "\n\n".join(filter(None, map(self._clean, re.split(r"\n\s*\n", document))))
@@ -146,7 +168,7 @@ def _unique(items: list, key) -> list:
 
 
 def _bucket(key: str) -> int:
-    """0…99, the same on every machine (Python's own hash() is salted per process)."""
+    """Return 0…99, the same on every machine (Python's own hash() is salted per process)."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % 100
 
 
@@ -155,20 +177,22 @@ def _last_pair(turns: list[dict]) -> tuple[str, str]:
 
 
 def _neighbours(documents: list[str]) -> list[tuple[str, str]]:
-    """(what comes after: a sentence?, the next sentence) for every two whole neighbours of a document."""
+    """Make a question and its answer of every two neighbouring sentences of the documents."""
     pairs = []
     for document in documents:
-        found = [s for s in sentences(document) if KEY_WORDS <= len(s.split()) <= 40 and len(s) <= 240]
+        short = (s for s in sentences(document) if len(s) <= 240)
+        found = [s for s in short if KEY_WORDS <= len(s.split()) <= 40]
         pairs += [(f"What comes after: {a}", b) for a, b in zip(found[::2], found[1::2])]
     return pairs
 
 
 def _others(rng: random.Random, answers: list[str], answer: str, count: int) -> list[str]:
-    """`count` different answers that are not `answer`."""
+    """Draw `count` different answers that are not `answer`. Raises InputError."""
     pool = rng.sample(answers, min(len(answers), 20 * (count + 1)))
     found = _unique([a for a in pool if normalise(a) != normalise(answer)], normalise)[:count]
     if len(found) < count:
-        raise InputError("too few different answers to make multiple-choice questions; give DATA more distinct text")
+        few = "too few different answers to make multiple-choice questions"
+        raise InputError(f"{few}; give DATA more distinct text")
     return found
 
 

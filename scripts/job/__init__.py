@@ -1,4 +1,5 @@
 """Inside the job: the parent, its ranks, the meeting of nodes, progress.
 
-Stage scripts and scripts.tools import it. It imports scripts.run and the standard library.
+The stage scripts and scripts.tools import this room. It imports scripts.run and the standard
+library: what needs torch or an upstream tool is in scripts.tools.
 """

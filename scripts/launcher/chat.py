@@ -1,39 +1,41 @@
-"""Talk to a served model in the terminal: streams the answer. PROMPT= asks once and leaves.
-
-python3 -m scripts.chat         RUN= names the run; standard library only
-"""
+"""Talk to a served model in the terminal. PROMPT= asks once and leaves."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
 
-from scripts.launcher import report
-from scripts.run import attempts, files, layout
-from scripts.run.errors import DONE, WRONG_INPUT, InputError
+from scripts.clusters.interface import Cluster
+from scripts.launcher.options import Options
+from scripts.launcher.report import check_exists
+from scripts.run import stages
+from scripts.run.errors import DONE, InputError
+from scripts.run.files import read_env, read_json
+from scripts.run.layout import Run, from_fact
 
 
 class Server:
-    """A run's served model: its address and key. Raises InputError where nothing serves."""
+    """Hold a run's served model: its address and key. Raises InputError where nothing serves."""
 
-    def __init__(self, directory: Path):
-        run = directory.parent.name
-        report.check_exists(run)
-        server = files.read_json(directory / "server.json")
-        if not server or not attempts.running(directory):
-            raise InputError(f"run {run} is not served; make deploy RUN={run}, or wait: make status RUN={run} shows it loading")
-        facts = files.read_env(directory / "stage.env")
-        key = facts.get("API_KEY_FILE")
-        self.url = f"http://{server['host']}:{server['port']}/v1/chat/completions"
-        self.name = server["name"]
-        self.key = (layout.from_fact(key) if key else directory / "api-key").read_text().strip()
+    def __init__(self, run: Run, cluster: Cluster):
+        serving = stages.maker("service").name
+        directory = run.stage(serving)
+        check_exists(run)
+        url = cluster.reach(directory)
+        if not url:
+            wait = f"make {serving} RUN={run.name}, or wait: make status RUN={run.name}"
+            raise InputError(f"run {run.name} is not served; {wait} shows it loading")
+        key = read_env(directory / "stage.env").get("API_KEY_FILE")
+        file = from_fact(key, run.root) if key else directory / "api-key"
+        self.url = f"{url}/v1/chat/completions"
+        self.name = run.name
+        self.key = file.read_text(encoding="utf-8").strip()
 
 
-def ask(server: Server, messages: list[dict], max_tokens: int = 128) -> tuple[int, str]:
+def ask(server: Server, messages: list[dict[str, str]], max_tokens: int = 128) -> tuple[int, str]:
     """Send a conversation and print the answer as it comes. Returns (exit code, answer)."""
     body = {"model": server.name, "messages": messages, "stream": True, "max_tokens": max_tokens}
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {server.key}"}
@@ -48,7 +50,8 @@ def ask(server: Server, messages: list[dict], max_tokens: int = 128) -> tuple[in
                 answer += piece
                 print(piece, end="", flush=True)
     except urllib.error.HTTPError as error:
-        print(f"error: {error.code}: {error.read().decode(errors='replace')[:500]}", file=sys.stderr)
+        said = error.read().decode(errors="replace")[:500]
+        print(f"error: {error.code}: {said}", file=sys.stderr)
         return 1, answer
     except OSError as error:
         print(f"error: {server.url}: {error}; make status", file=sys.stderr)
@@ -57,23 +60,17 @@ def ask(server: Server, messages: list[dict], max_tokens: int = 128) -> tuple[in
     return DONE, answer
 
 
-def main() -> int:
-    """One question by PROMPT=, or a conversation until end of input."""
-    run = os.environ.get("RUN") or os.environ.get("MODEL") or "debug"
-    directory = layout.stage_dir(run, "deploy")
-    try:
-        server = Server(directory)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return WRONG_INPUT
-    if os.environ.get("PROMPT"):
-        return ask(server, [{"role": "user", "content": os.environ["PROMPT"]}])[0]
-    messages: list[dict] = []
+def chat(options: Options) -> int:
+    """Ask PROMPT once, or hold a conversation until the end of input. Returns an exit code."""
+    server = Server(options.run, options.here)
+    if options.prompt:
+        return ask(server, [{"role": "user", "content": options.prompt}])[0]
+    messages: list[dict[str, str]] = []
     print(f"{server.name} at {server.url}; Ctrl-D ends")
     while True:
         try:
             messages.append({"role": "user", "content": input("> ")})
-            server = Server(directory)  # a requeued service may be on another node by now
+            server = Server(options.run, options.here)  # a requeued service may have moved
             code, answer = ask(server, messages)
         except (EOFError, KeyboardInterrupt):
             print()
@@ -83,5 +80,11 @@ def main() -> int:
             return code
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def sample(run: Run, cluster: Cluster) -> int:
+    """Ask the served model the sample question of its data and print the answer. Returns an exit
+    code."""
+    facts = read_env(run.stage(stages.maker("verdict").name) / "stage.env")
+    data: Path = from_fact(facts["DATA"], run.root)
+    question = read_json(data / "data.json")["sample"]
+    print(f"\nasked    {question}\nanswered ", end="")
+    return ask(Server(run, cluster), [{"role": "user", "content": question}])[0]

@@ -1,4 +1,5 @@
-"""The attempts of a stage: each is the lock, too."""
+"""The attempts of a stage, attempts/<n>.json. An attempt file is the lock, too: attempt n + 1 may
+begin only when attempt n has ended or its process is gone, and making the file is what wins."""
 
 from __future__ import annotations
 
@@ -6,124 +7,125 @@ import os
 import socket
 import time
 from pathlib import Path
+from typing import Any, Optional
 
-from scripts.run.errors import InputError
-from scripts.run.files import dump_json, read_json, write_atomic
-from scripts.run.layout import (
-    record,
-)
+from scripts.run.errors import SAVED, WRONG_INPUT, InputError
+from scripts.run.files import dump_json, read_json, write_atomic, write_json
+from scripts.run.layout import finished
+from scripts.run.processes import boot_id, process_start
 
 
-def history(directory: Path) -> list[dict]:
-    """Every attempt, oldest first."""
+def history(directory: Path) -> list[dict[str, Any]]:
+    """Read every attempt of a stage, oldest first."""
     files = sorted((directory / "attempts").glob("[0-9]*.json"), key=lambda p: int(p.stem))
     return [read_json(path) for path in files]
 
 
-def process_start(pid: int) -> str | None:
-    """The kernel's start time of a process in clock ticks since boot (proc(5), field 22); None if it is gone.
-    With the pid it names one process: a reused pid starts later."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] == "Z" else fields[19]
-
-
-def boot_id() -> str:
-    """Names this boot of this machine: after a reboot no recorded process can be alive."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def alive(attempt: dict) -> bool:
-    """Whether an attempt is still running as far as this host can know. Another host's attempt counts as
-    running until it has ended: refusing is safe, a second writer is not."""
+def alive(attempt: dict[str, Any]) -> bool:
+    """Tell whether an attempt still runs, as far as this host can know. Another host's counts as
+    running until it has ended: to refuse is safe, a second writer is not."""
     if "ended" in attempt:
         return False
     if attempt["host"] != socket.gethostname():
         return True
-    return attempt["boot"] == boot_id() and process_start(attempt["pid"]) == attempt["process_start"]
+    same = process_start(attempt["pid"]) == attempt["process_start"]
+    return bool(attempt["boot"] == boot_id() and same)
 
 
-def running(directory: Path) -> dict | None:
-    """The attempt that is running now, or None."""
+def running(directory: Path) -> Optional[dict[str, Any]]:
+    """Return the attempt that runs now, None if there is none."""
     last = history(directory)[-1:]
     return last[0] if last and alive(last[0]) else None
 
 
-def this_start() -> str:
-    """Names this start of a job's stage scripts, on all of its nodes: torchrun's rendezvous, new at each requeue, and
-    Slurm's step, new where a step alone is started again. "" on one machine."""
-    names = (os.environ.get(name) for name in ("PET_RDZV_ID", "SLURM_STEP_ID"))
-    return ".".join(name for name in names if name)
+def highest_step(directory: Path) -> int:
+    """Return the highest step that any attempt has reached: what the newest attempt found when it
+    began, or what its progress says since; 0 where no attempt counts steps."""
+    found = max((a.get("highest_before", 0) for a in history(directory)), default=0)
+    progress = read_json(directory / "progress.json") or {}
+    return int(max(found, progress.get("step", 0)))
 
 
-def begin_attempt(directory: Path) -> dict:
-    """Take the stage for this process. Raises InputError if another attempt runs or wins the race."""
+def begin(directory: Path, job: str = "", start: str = "") -> dict[str, Any]:
+    """Take the stage for this process and return its attempt.
+
+    `job` names the scheduler's job, "" on one machine; `start` one start of that job: an attempt
+    of an earlier start of the same job was ended by the scheduler before this one began.
+    Raises InputError if another attempt runs, or wins the race.
+    """
     (directory / "attempts").mkdir(parents=True, exist_ok=True)
-    current = running(directory)
-    start = {"job": os.environ.get("RELAY_JOB", ""), "start": this_start()}
-    if current and start["job"] == current["job"] != "" and start["start"] != current.get("start"):
-        current = None  # an earlier start of this job: the scheduler ended it there before it began here
+    past = history(directory)  # once: another launch may begin in between, and both would win
+    current = past[-1] if past and alive(past[-1]) else None
+    if current and job == current["job"] != "" and start != current.get("start"):
+        current = None
     attempt = {
-        "attempt": len(history(directory)) + 1,
+        "attempt": len(past) + 1,
         "host": socket.gethostname(),
         "boot": boot_id(),
         "pid": os.getpid(),
         "process_start": process_start(os.getpid()),
-        **start,
+        "job": job,
+        "start": start,
         "started": time.time(),
-        "monotonic": time.monotonic(),  # durations must not depend on a clock that can be set back
+        "monotonic": time.monotonic(),  # durations must not depend on a clock that is set back
+        "highest_before": highest_step(directory),
     }
     path = directory / "attempts" / f"{attempt['attempt']}.json"
     if not current:
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         write_atomic(temporary, dump_json(attempt))
         try:
-            os.link(temporary, path)  # fails if it exists: of two at once exactly one wins, with whole content
+            os.link(temporary, path)  # fails if it exists: of two at once one wins, whole
             return attempt
         except FileExistsError:
             current = read_json(path)
         finally:
             temporary.unlink()
+    assert current is not None
     raise InputError(already_running(directory, current))
 
 
-def already_running(directory: Path, attempt: dict) -> str:
-    """What to say of a stage that another attempt holds."""
+def already_running(directory: Path, attempt: dict[str, Any]) -> str:
+    """Say that another attempt holds a stage, and what to do about it."""
     job = f", job {attempt['job']}" if attempt.get("job") else ""
-    said = f"{directory}: running already: attempt {attempt['attempt']} on {attempt['host']}, process {attempt['pid']}{job}; "
+    where = f"attempt {attempt['attempt']} on {attempt['host']}, process {attempt['pid']}{job}"
+    said = f"{directory}: running already: {where}; "
     if attempt["host"] == socket.gethostname():
         return said + f"wait for it, or stop it: make stop RUN={directory.parent.name}"
     file = directory / "attempts" / f"{attempt['attempt']}.json"
-    return said + f"that host cannot be asked from here: if it is gone, or this run is a copy, rm '{file}'"
+    return (
+        f"{said}that host cannot be asked from here: "
+        f"if it is gone, or this run is a copy, rm '{file}'"
+    )
 
 
-def seconds_since(attempt: dict) -> float:
-    """How long an attempt of this process has run."""
-    return round(time.monotonic() - attempt["monotonic"], 1)
+def seconds_since(attempt: dict[str, Any]) -> float:
+    """Return how many seconds an attempt of this process has run."""
+    return round(time.monotonic() - float(attempt["monotonic"]), 1)
 
 
-def end_attempt(directory: Path, attempt: dict, exit_code: int, error: str = "") -> None:
+def end(directory: Path, attempt: dict[str, Any], exit_code: int, error: str = "") -> None:
     """Record how an attempt ended; the next one may begin."""
-    attempt.update(ended=time.time(), seconds=seconds_since(attempt), exit=exit_code, error=error)
-    write_atomic(directory / "attempts" / f"{attempt['attempt']}.json", dump_json(attempt))
+    took = seconds_since(attempt)
+    attempt.update(ended=time.time(), seconds=took, exit=exit_code, error=error)
+    write_json(directory / "attempts" / f"{attempt['attempt']}.json", attempt)
 
 
-def bury(directory: Path, attempt: dict, why: str) -> None:
-    """Record that another host's attempt is gone without a word: its scheduler says so."""
+def record_lost(directory: Path, attempt: dict[str, Any], why: str) -> None:
+    """Record the end of an attempt that could not do so itself: its scheduler says it is gone."""
     content = {**attempt, "ended": time.time(), "exit": None, "error": why}
-    write_atomic(directory / "attempts" / f"{attempt['attempt']}.json", dump_json(content))
+    write_json(directory / "attempts" / f"{attempt['attempt']}.json", content)
 
 
 def status(directory: Path) -> str:
-    """One word for a stage: done, running, stopped (saved; run again), refused (bad input), failed, lost
-    (its process is gone without a word), submitted, or - for nothing."""
-    if record(directory):
+    """Say a stage's state in one word: done, running, stopped (saved; run again), refused (wrong
+    input), failed, lost (its process is gone without a word), submitted, or - for nothing."""
+    if finished(directory):
         return "done"
     past = history(directory) if directory.exists() else []
     if not past:
         return "submitted" if (directory / "job.json").exists() else "-"
     if alive(past[-1]):
         return "running"
-    return {64: "refused", 75: "stopped", None: "lost"}.get(past[-1].get("exit"), "failed")
+    words = {WRONG_INPUT: "refused", SAVED: "stopped", None: "lost"}
+    return words.get(past[-1].get("exit"), "failed")

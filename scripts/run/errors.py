@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 DONE = 0
-WRONG_INPUT = 64  # EX_USAGE of sysexits.h: said before work starts; never retried
+WRONG_INPUT = 64  # EX_USAGE of sysexits.h: told before work starts; never retried
 SAVED = 75  # EX_TEMPFAIL of sysexits.h: state is saved, run the same command again
 
 
 class InputError(Exception):
-    """What the user must mend before anything can run: every problem at once, each with its mend."""
+    """Carry what the user must mend before anything can run: every problem at once, each with
+    its mend."""
 
     def __init__(self, problems: str | Iterable[str]):
         self.problems = [problems] if isinstance(problems, str) else list(problems)

@@ -1,4 +1,4 @@
-"""The small files of a run: written whole or not at all."""
+"""The small files of a run: JSON and KEY=value lines, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from urllib.parse import quote, unquote
 
 from scripts.run.errors import InputError
 
-SAFE = "/:,=@+-._"  # besides letters and digits; everything else is percent-encoded in stage.env
+SAFE = "/:,=@+-._"  # stays as it is in stage.env, beside letters and digits
 
 
 def write_atomic(path: Path, text: str, mode: int = 0o644) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all. Raises OSError; the old content then stands."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
     try:
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w", encoding="utf-8") as file:
+        with os.fdopen(os.open(temporary, flags, mode), "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -28,26 +29,37 @@ def write_atomic(path: Path, text: str, mode: int = 0o644) -> None:
 
 
 def dump_json(value: Any) -> str:
-    """JSON as every file of a run holds it."""
+    """Format a value as every JSON file of a run holds it."""
     return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    write_atomic(path, dump_json(value))
+
+
 def read_json(path: Path) -> Any:
-    """Parse a JSON file; None if it does not exist. Raises InputError naming the file if it is broken."""
+    """Parse a JSON file; None if it does not exist. Raises InputError naming a broken file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); remove it or restore it from a copy") from None
+    except (ValueError, RecursionError) as error:
+        mend = "remove it or restore it from a copy"
+        raise InputError(f"{path}: not JSON ({error}); {mend}") from None
 
 
 def format_env(facts: dict[str, str]) -> str:
-    """stage.env: one KEY=value a line, values percent-encoded so that no shell and no YAML can misread them."""
+    """Format stage.env: one KEY=value a line, percent-encoded for shells and YAML alike."""
     return "".join(f"{key}={quote(value, safe=SAFE)}\n" for key, value in facts.items())
 
 
-def read_env(path: Path) -> dict[str, str]:
-    """Parse stage.env. It is never sourced, so it cannot run anything."""
-    rows = (line.partition("=") for line in path.read_text(encoding="utf-8").splitlines() if line)
+def parse_env(text: str) -> dict[str, str]:
+    """Parse what format_env wrote. It is never sourced, so it cannot run anything."""
+    rows = (line.partition("=") for line in text.splitlines() if line)
     return {key: unquote(value) for key, _, value in rows}
+
+
+def read_env(path: Path) -> dict[str, str]:
+    """Parse a stage.env file. Raises OSError."""
+    return parse_env(path.read_text(encoding="utf-8"))

@@ -1,7 +1,5 @@
-"""The one thing stages hand on: a Hugging Face directory. Verify it, complete it, hand it over atomically.
-
-Standard library only: the launcher refuses a broken directory before anything is queued.
-"""
+"""The one thing that stages hand on: a Hugging Face directory. It is checked, completed, and handed
+over by one rename. The launcher refuses a broken one before anything is queued."""
 
 from __future__ import annotations
 
@@ -10,37 +8,41 @@ import os
 import shutil
 import struct
 from pathlib import Path
+from typing import Any, Optional
 
-from scripts.run.digests import digest_tree
+from scripts.run.digests import Digests
 from scripts.run.errors import InputError
-from scripts.run.files import dump_json, read_json, write_atomic
-from scripts.run.layout import as_fact
+from scripts.run.files import read_json, write_json
 
 ARCHITECTURES = ("LlamaForCausalLM",)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1}
+TURN_ENDS = ("<|end_of_turn|>", "<|eot_id|>", "<|im_end|>")
+WHOLE = "FROM must be a whole Hugging Face directory"
 
 
 def weight_files(directory: Path) -> list[str]:
-    """Names of the safetensors shards, from the index where there is one. Raises InputError."""
+    """Name the safetensors shards, from the index where there is one. Raises InputError."""
     index = read_json(directory / "model.safetensors.index.json")
     if index is not None:
         return sorted(set(index["weight_map"].values()))
-    return sorted(p.name for p in directory.glob("*.safetensors") if not p.name.startswith("adapter_"))
+    names = (p.name for p in directory.glob("*.safetensors"))
+    return sorted(name for name in names if not name.startswith("adapter_"))
 
 
-def read_header(path: Path) -> dict:
-    """The tensors of a safetensors file: {name: {"dtype", "shape", "data_offsets"}}.
+def read_header(path: Path) -> dict[str, Any]:
+    """Read the tensors of a safetensors file: {name: {"dtype", "shape", "data_offsets"}}.
 
-    Raises InputError if the file is cut short or not safetensors: 8 bytes of header length, a JSON header,
-    then exactly the bytes its offsets name (https://huggingface.co/docs/safetensors).
+    Raises InputError if the file is cut short or not safetensors: 8 bytes of header length, a JSON
+    header, then exactly the bytes its offsets name (https://huggingface.co/docs/safetensors).
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
         raw = file.read(8)
         length = struct.unpack("<Q", raw)[0] if len(raw) == 8 else size
         if length + 8 > size:
-            raise InputError(f"{path}: cut short: {size} bytes do not hold its header; copy the file again")
+            raise InputError(
+                f"{path}: cut short: {size} bytes do not hold its header; copy the file again"
+            )
         try:
             header = json.loads(file.read(length))
         except ValueError:
@@ -49,13 +51,14 @@ def read_header(path: Path) -> dict:
     end = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
     if end != size:
         raise InputError(f"{path}: cut short: {size} bytes of {end}; copy the file again")
-    return header
+    return dict(header)
 
 
 def problems(directory: Path, tokenizer: bool = True) -> list[str]:
-    """Everything wrong with a Hugging Face directory as input of a stage; [] if it is whole."""
+    """List what is wrong with a Hugging Face directory as input of a stage; [] if it is whole."""
     if not directory.is_dir():
-        return [f"{directory}: no such directory; give FROM a Hugging Face directory, or train the stage before"]
+        mend = "give FROM a Hugging Face directory, or train the stage before"
+        return [f"{directory}: no such directory; {mend}"]
     found = []
     try:
         found += _config_problems(directory)
@@ -70,76 +73,96 @@ def problems(directory: Path, tokenizer: bool = True) -> list[str]:
 def _config_problems(directory: Path) -> list[str]:
     config = read_json(directory / "config.json")
     if config is None:
-        return [f"{directory}: no config.json; FROM must be a whole Hugging Face directory"]
+        return [f"{directory}: no config.json; {WHOLE}"]
     names = config.get("architectures") or []
     if not set(names) & set(ARCHITECTURES):
-        return [f"{directory}/config.json: architecture {', '.join(names) or 'missing'}; known: {', '.join(ARCHITECTURES)}"]
+        given, known = ", ".join(names) or "missing", ", ".join(ARCHITECTURES)
+        return [f"{directory}/config.json: architecture {given}; known: {known}"]
     return []
 
 
 def _weight_problems(directory: Path) -> list[str]:
     files = weight_files(directory)
     if not files:
-        pickles = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        kinds = (".bin", ".pt", ".pth", ".ckpt")
+        pickles = sorted(p.name for p in directory.iterdir() if p.suffix in kinds)
         if pickles:
             return [
-                f"{directory}: weights only as pickle ({pickles[0]}), which can run code when loaded; "
-                "convert them to safetensors: save_pretrained(…, safe_serialization=True) where you trust them"
+                f"{directory}: weights only as pickle ({pickles[0]}), which can run code when "
+                "loaded; convert them to safetensors where you trust them: "
+                "save_pretrained(…, safe_serialization=True)"
             ]
-        return [f"{directory}: no *.safetensors; FROM must be a whole Hugging Face directory"]
-    found, tensors = [], set()
+        return [f"{directory}: no *.safetensors; {WHOLE}"]
+    found: list[str] = []
+    tensors: set[str] = set()
     for name in files:
         try:
             tensors |= set(read_header(directory / name))
         except FileNotFoundError:
-            found.append(f"{directory}: {name} is named in model.safetensors.index.json but missing; copy it again")
+            where = f"{name} is named in model.safetensors.index.json but missing"
+            found.append(f"{directory}: {where}; copy it again")
         except InputError as error:
             found += error.problems
     layers = (read_json(directory / "config.json") or {}).get("num_hidden_layers", 0)
-    missing = [f"model.layers.{i}" for i in range(layers) if f"model.layers.{i}.mlp.down_proj.weight" not in tensors]
+    missing = [
+        f"model.layers.{i}"
+        for i in range(layers)
+        if f"model.layers.{i}.mlp.down_proj.weight" not in tensors
+    ]
     if missing and not found:
-        found.append(f"{directory}: weights of {missing[0]} are missing ({len(missing)} of {layers} layers); copy it again")
+        count = f"{len(missing)} of {layers} layers"
+        found.append(f"{directory}: weights of {missing[0]} are missing ({count}); copy it again")
     return found
 
 
 def tokenizer_problems(directory: Path) -> list[str]:
-    """What is wrong with the tokenizer of a directory that has a config.json."""
+    """List what is wrong with the tokenizer of a directory that has a config.json."""
     absent = [name for name in TOKENIZER_FILES[:2] if not (directory / name).exists()]
     if absent:
-        return [f"{directory}: no {' and no '.join(absent)}; FROM must be a whole Hugging Face directory"]
+        return [f"{directory}: no {' and no '.join(absent)}; {WHOLE}"]
     found = []
     tokenizer = read_json(directory / "tokenizer.json")
-    ids = list(tokenizer["model"]["vocab"].values()) + [t["id"] for t in tokenizer.get("added_tokens", [])]
+    ids = list(tokenizer["model"]["vocab"].values())
+    ids += [t["id"] for t in tokenizer.get("added_tokens", [])]
     size = (read_json(directory / "config.json") or {}).get("vocab_size", 0)
     if max(ids) >= size:
         found.append(
-            f"{directory}: the tokenizer has {max(ids) + 1} entries, the model's vocab_size is {size}; "
-            "use the tokenizer this model was made with"
+            f"{directory}: the tokenizer has {max(ids) + 1} entries, the model's vocab_size is "
+            f"{size}; use the tokenizer this model was made with"
         )
     if not chat_template(directory):
         found.append(
-            f"{directory}: no chat template in tokenizer_config.json or chat_template.jinja; add one: "
-            "finetune, align and chat need it"
+            f"{directory}: no chat template in tokenizer_config.json or chat_template.jinja; "
+            "add one: finetune, align and chat need it"
         )
     return found
 
 
 def chat_template(directory: Path) -> str:
-    """The directory's chat template, "" if it has none. chat_template.jinja wins, as in transformers."""
+    """Read the directory's chat template, "" if it has none. chat_template.jinja wins, as in
+    transformers."""
     file = directory / "chat_template.jinja"
     if file.exists():
         return file.read_text(encoding="utf-8")
     template = (read_json(directory / "tokenizer_config.json") or {}).get("chat_template") or ""
-    return template if isinstance(template, str) else next(t["template"] for t in template if t["name"] == "default")
+    if isinstance(template, str):
+        return template
+    return str(next(t["template"] for t in template if t["name"] == "default"))
+
+
+def special_token(settings: dict[str, Any], key: str) -> Optional[str]:
+    """Read a token's text, such as "eos_token", from the content of tokenizer_config.json."""
+    value = settings.get(key)
+    return value["content"] if isinstance(value, dict) else value
 
 
 def weight_bytes(directory: Path) -> int:
-    """Size of the directory's weights."""
+    """Add up the size of the directory's weights, in bytes."""
     return sum((directory / name).stat().st_size for name in weight_files(directory))
 
 
 def parameter_count(directory: Path) -> int:
-    """Parameters in the directory's weights, from the headers alone."""
+    """Count the parameters in the directory's weights, from the headers alone."""
     total = 0
     for name in weight_files(directory):
         for tensor in read_header(directory / name).values():
@@ -151,41 +174,48 @@ def parameter_count(directory: Path) -> int:
 
 
 def complete(weights: Path, assets: Path) -> None:
-    """Add to a directory of fresh weights what upstream trainers leave out, from `assets` (the directory that
-    the model came from, or the tokenizer and config of one born here): config, generation config, tokenizer.
+    """Add to a directory of fresh weights what upstream trainers leave out, from `assets`: the
+    directory that the model came from, or the tokenizer and config of one born here.
 
-    torchtitan exports weights only; torchtune copies some files; both would leave vLLM without a chat template.
+    torchtitan exports weights only, torchtune copies some files; both would leave vLLM without a
+    chat template.
     """
-    for name in ("config.json", *TOKENIZER_FILES, "chat_template.jinja", "generation_config.json"):
+    names = ("config.json", *TOKENIZER_FILES, "chat_template.jinja", "generation_config.json")
+    for name in names:
         if (assets / name).exists():
             shutil.copyfile(assets / name, weights / name)
     tokenizer = read_json(weights / "tokenizer.json")
     settings = read_json(weights / "tokenizer_config.json")
-    ids = {**tokenizer["model"]["vocab"], **{t["content"]: t["id"] for t in tokenizer.get("added_tokens", [])}}
-    name_of = lambda key: settings[key]["content"] if isinstance(settings.get(key), dict) else settings.get(key)  # noqa: E731
+    ids = dict(tokenizer["model"]["vocab"])
+    ids.update({t["content"]: t["id"] for t in tokenizer.get("added_tokens", [])})
     if not (weights / "special_tokens_map.json").exists():
-        names = {key: name_of(key) for key in ("bos_token", "eos_token", "pad_token") if settings.get(key)}
-        write_atomic(weights / "special_tokens_map.json", dump_json(names))
+        keys = ("bos_token", "eos_token", "pad_token")
+        tokens = {key: special_token(settings, key) for key in keys if settings.get(key)}
+        write_json(weights / "special_tokens_map.json", tokens)
     if not (weights / "generation_config.json").exists():
-        # Every token that ends a turn: without the end-of-turn token here vLLM never stops an answer.
-        ends = [ids[t] for t in (name_of("eos_token"), "<|end_of_turn|>", "<|eot_id|>", "<|im_end|>") if t in ids]
-        generation = {"bos_token_id": ids.get(name_of("bos_token")), "eos_token_id": ends, "do_sample": False}
-        write_atomic(weights / "generation_config.json", dump_json(generation))
+        ends = (special_token(settings, "eos_token"), *TURN_ENDS)
+        generation = {
+            "bos_token_id": ids.get(special_token(settings, "bos_token")),
+            # Without the end of a turn here vLLM never stops an answer.
+            "eos_token_id": [ids[token] for token in ends if token in ids],
+            "do_sample": False,
+        }
+        write_json(weights / "generation_config.json", generation)
 
 
-def hand_over(weights: Path, assets: Path, model: Path) -> dict:
-    """Complete, verify and move a directory of fresh weights to `model` in one rename.
+def hand_over(weights: Path, assets: Path, model: Path, digests: Digests) -> dict[str, Any]:
+    """Complete, check and move a directory of fresh weights to `model` in one rename.
 
-    Returns {"path", "digest", "parameters"}. Raises InputError if it is not whole; `model` then does not exist.
+    Returns {"path", "digest", "parameters"}. Raises InputError if it is not whole; `model` then
+    does not exist.
     """
     complete(weights, assets)
     for path in weights.iterdir():
         if path.name.startswith("adapter_"):
-            path.unlink()  # merged already: transformers would apply a LoRA adapter a second time
+            path.unlink()  # merged already: transformers would apply the adapter a second time
     found = problems(weights)
     if found:
         raise InputError(found)
-    result = {"path": as_fact(model), "digest": digest_tree(weights), "parameters": parameter_count(weights)}
     for path in weights.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())  # a power cut after the rename must not leave empty files
@@ -193,4 +223,4 @@ def hand_over(weights: Path, assets: Path, model: Path) -> dict:
     if model.exists():
         shutil.rmtree(model)  # an attempt that was killed between this rename and stage.json
     os.replace(weights, model)
-    return result
+    return {**digests.describe(model), "parameters": parameter_count(model)}

@@ -1,8 +1,6 @@
-"""What a stage will need of the machine, before it starts to work. Lower bounds, from the architecture alone:
-activations and caches come on top.
-
-Standard library only: the launcher asks about .venv, the disk and the port, the job about its own memory.
-"""
+"""What a stage will need of the machine, before it starts to work. Lower bounds, from the
+architecture alone: activations and caches come on top. The launcher asks about .venv, the disk and
+the port, the job about its own memory."""
 
 from __future__ import annotations
 
@@ -13,33 +11,38 @@ import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
-from scripts.run import layout
+from scripts.run.layout import ROOT
 
 GB = 1e9
 
 
 def parameters(config: Mapping[str, Any]) -> int:
-    """Parameters of a Llama from its config.json: embeddings, output, and in each layer four attention
-    projections, three of the feed-forward and two norms."""
-    dim, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
+    """Count the parameters of a Llama from its config.json: embeddings and output; in each layer
+    four attention projections, three of the feed-forward and two norms; a last norm.
+
+    Raises KeyError for a config that is no Llama's.
+    """
+    dim, heads = config["hidden_size"], config["num_attention_heads"]
     head = config.get("head_dim") or dim // heads
     attention = 2 * dim * head * (heads + config.get("num_key_value_heads", heads))
     layer = attention + 3 * dim * config["intermediate_size"] + 2 * dim
     embeddings = config["vocab_size"] * dim * (1 if config.get("tie_word_embeddings") else 2)
-    return embeddings + layers * layer + dim
+    return int(embeddings + config["num_hidden_layers"] * layer + dim)
 
 
 def venv_problems() -> list[str]:
-    """What keeps this user from running the repository's own Python."""
-    usable = os.access(layout.ROOT / ".venv/bin/python", os.X_OK)
+    """List what keeps this user from running the repository's own Python."""
+    usable = os.access(ROOT / ".venv/bin/python", os.X_OK)
     return [] if usable else [".venv: missing, or its Python is not yours to run; make setup"]
 
 
 def disk_problems(directory: Path, need: float, what: str) -> list[str]:
-    """Whether `need` bytes fit where a stage's directory is or will be; checkpoints that it has already count as there."""
-    need -= sum(file.stat().st_size for file in (directory / "checkpoints").rglob("*") if file.is_file())
+    """Tell whether `need` bytes fit where a stage's directory is or will be. Checkpoints that it
+    has already count as there."""
+    files = (directory / "checkpoints").rglob("*")
+    need -= sum(file.stat().st_size for file in files if file.is_file())
     while not directory.exists():
         directory = directory.parent
     free = shutil.disk_usage(directory).free
@@ -49,18 +52,19 @@ def disk_problems(directory: Path, need: float, what: str) -> list[str]:
     return [f"{directory}: {sizes}; free some, or choose another place with RUNS="]
 
 
-def memory_problems(need: float, what: str, free: float | None = None) -> list[str]:
-    """Whether `need` bytes fit into this process's memory: the machine's, or its control group's if that is less."""
+def memory_problems(need: float, what: str, free: Optional[float] = None) -> list[str]:
+    """Tell whether `need` bytes fit into `free`: where it is None, into this process's memory, the
+    machine's or its control group's if that is less."""
     free = free_memory() if free is None else free
     if need <= free:
         return []
-    sizes = f"{what} will need at least {need / GB:.2f} GB of memory, {free / GB:.2f} are free"
-    return [f"{sizes}; take a larger machine or a smaller model"]
+    sizes = f"{need / GB:.2f} GB of memory, {free / GB:.2f} are free"
+    return [f"{what} will need at least {sizes}; take a larger machine or a smaller model"]
 
 
 def port_problems(bind: str, port: int, patience: float = 5) -> list[str]:
-    """Why this address cannot be taken; [] if it is free within `patience` seconds: a service that was just killed
-    takes a moment to let it go."""
+    """List why this address cannot be taken; [] if it is free within `patience` seconds: a service
+    that was just killed takes a moment to let it go."""
     deadline = time.monotonic() + patience
     while True:
         with socket.socket(socket.AF_INET6 if ":" in bind else socket.AF_INET) as probe:
@@ -70,15 +74,19 @@ def port_problems(bind: str, port: int, patience: float = 5) -> list[str]:
                 return []
             except OSError as error:
                 if time.monotonic() > deadline:
-                    return [f"BIND={bind} PORT={port}: {error.strerror}; choose another, for example PORT={port + 1}"]
+                    mend = f"choose another, for example PORT={port + 1}"
+                    return [f"BIND={bind} PORT={port}: {error.strerror}; {mend}"]
         time.sleep(0.2)
 
 
 def free_memory() -> int:
-    """Bytes of main memory that this process may still take (proc(5) MemAvailable, cgroup v2 memory.max)."""
+    """Return the bytes of main memory that this process may still take (proc(5) MemAvailable,
+    cgroup v2 memory.max)."""
     meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
-    free = int(re.search(r"MemAvailable:\s+(\d+) kB", meminfo)[1]) * 1024
-    group = Path("/sys/fs/cgroup", Path("/proc/self/cgroup").read_text(encoding="utf-8").rpartition("::")[2].strip().lstrip("/"))
+    found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo)
+    free = int(found[1]) * 1024 if found else 0
+    own = Path("/proc/self/cgroup").read_text(encoding="utf-8").rpartition("::")[2].strip()
+    group = Path("/sys/fs/cgroup", own.lstrip("/"))
     for folder in (group, *group.parents):
         limit, used = folder / "memory.max", folder / "memory.current"
         if limit.exists() and (text := limit.read_text().strip()) != "max":

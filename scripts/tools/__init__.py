@@ -1,4 +1,5 @@
-"""Upstream: the only room that imports torchtitan, torchtune, lm-eval and vLLM, inside functions, since each import costs seconds.
+"""Upstream: the only room that imports torchtitan, torchtune, lm-eval and vLLM.
 
-Stage scripts and scripts.components import it. It imports scripts.job and scripts.run.
+It imports them inside functions, since each costs seconds. Stage scripts and scripts.components
+import this room. It imports scripts.job and scripts.run.
 """

@@ -1,7 +1,8 @@
 """What a served model's port answers: an allowlist in front of vLLM's API server.
 
-vLLM's own API key guards /v1 and little more; /invocations, /tokenize, /pause, /update_weights and others answer
-anyone (facts of vLLM 0.32). Given to vLLM as `--middleware scripts.tools.allowlist.Guard`.
+vLLM 0.32's own API key guards /v1 and little more: /invocations, /tokenize, /pause,
+/update_weights and others answer anyone. Given to vLLM as
+`--middleware scripts.tools.allowlist.Guard`.
 """
 
 import hmac
@@ -13,7 +14,7 @@ KEYED = ("/v1/models", "/v1/chat/completions", "/v1/completions", "/metrics")
 
 
 class Guard:
-    """ASGI middleware: /health for everyone, the API and metrics with the key, nothing else for anyone."""
+    """Answer /health for everyone, the API and metrics with the key, nothing else (ASGI)."""
 
     def __init__(self, app):
         self.app, self.key = app, os.environ["VLLM_API_KEY"]
@@ -31,6 +32,7 @@ class Guard:
     @staticmethod
     async def _refuse(send, status: int, message: str) -> None:
         body = json.dumps({"error": {"message": message, "code": status}}).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        length = str(len(body)).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", length)]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})

@@ -1,7 +1,7 @@
 """config.json → torchtitan's and torchtune's model. The one place that reads an architecture.
 
-What a tool cannot express exactly is refused by name: a silently different RoPE or norm trains for hours and
-serves nonsense.
+What a tool cannot express exactly is refused by name: a silently different RoPE or norm trains
+for hours and serves nonsense.
 """
 
 from __future__ import annotations
@@ -12,14 +12,19 @@ from typing import Any
 from scripts.run.errors import InputError
 from scripts.run.files import read_json
 
-LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3_SCALING = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 def read_architecture(config_json: Path) -> dict[str, Any]:
-    """Sizes of a Llama: vocab, dim, layers, heads, kv_heads, hidden (feed-forward), context (tokens), eps,
-    theta (RoPE base), scaling (None or the llama3 scaling's numbers), tied (embeddings).
+    """Read the sizes of a Llama from its config.json.
 
-    Raises InputError naming everything that a Llama of torchtitan or torchtune cannot be.
+    Returns vocab, dim, layers, heads, kv_heads, hidden (feed-forward), context (tokens), eps,
+    theta (RoPE base), scaling (None or the llama3 scaling's numbers), tied (embeddings). Raises
+    InputError naming everything that a Llama of torchtitan or torchtune cannot be.
     """
     config = read_json(config_json)
     if config is None:
@@ -61,20 +66,26 @@ def read_architecture(config_json: Path) -> dict[str, Any]:
     if config.get("head_dim", sizes["dim"] // heads) * heads != sizes["dim"]:
         found.append(f"head_dim {config['head_dim']} × {heads} heads ≠ hidden_size {sizes['dim']}")
     if found:
-        raise InputError([f"{config_json}: {what}: cannot be trained here exactly" for what in found])
+        raise InputError(
+            [f"{config_json}: {what}: cannot be trained here exactly" for what in found]
+        )
     return sizes
 
 
 def torchtitan_model_args(config_json: Path):
-    """torchtitan's TransformerModelArgs for this architecture. Raises InputError."""
+    """Make torchtitan's TransformerModelArgs for an architecture. Raises InputError."""
     from torchtitan.models.llama3.model.args import RoPEScalingArgs, TransformerModelArgs
 
     sizes = read_architecture(config_json)
     if sizes["tied"]:
-        raise InputError(f"{config_json}: tie_word_embeddings true: torchtitan's llama3 cannot tie; finetune such a model")
+        raise InputError(
+            f"{config_json}: tie_word_embeddings true: torchtitan's llama3 cannot tie; "
+            "finetune such a model"
+        )
     scaling = dict(sizes["scaling"] or {"factor": 1.0, **LLAMA3_SCALING})
-    # The feed-forward is multiple_of · ⌈multiplier · 8/3·dim / multiple_of⌉ wide (model.py, FeedForward): with
-    # multiple_of = width and a multiplier that brings 8/3·dim to at most that width it is exactly the width.
+    # The feed-forward is multiple_of · ⌈multiplier · 8/3·dim / multiple_of⌉ wide (torchtitan's
+    # model.py, FeedForward): with multiple_of = width and a multiplier that brings 8/3·dim to at
+    # most that width it is exactly the width.
     default = int(2 * 4 * sizes["dim"] / 3)
     return TransformerModelArgs(
         dim=sizes["dim"],
@@ -92,7 +103,10 @@ def torchtitan_model_args(config_json: Path):
 
 
 def torchtune_model(model_dir: str):
-    """Component for torchtune's `model._component_`: the model of a Hugging Face directory."""
+    """Build the model of a Hugging Face directory, for torchtune's `model._component_`.
+
+    Raises InputError, as torchtune_lora_model does.
+    """
     builder, arguments = _torchtune(Path(model_dir))
     return builder(**arguments)
 
@@ -108,7 +122,7 @@ def torchtune_lora_model(
     use_dora: bool = False,
     quantize_base: bool = False,
 ):
-    """The same with LoRA adapters; the arguments are torchtune's own."""
+    """Build the same model with LoRA adapters; the arguments are torchtune's own."""
     lora = {key: value for key, value in locals().items() if key != "model_dir"}
     builder, arguments = _torchtune(Path(model_dir), lora=True)
     return builder(**arguments, **lora)
@@ -131,13 +145,18 @@ def _torchtune(directory: Path, lora: bool = False):
     }
     family, name = llama3, "llama3"
     if sizes["scaling"]:
-        differs = {k: v for k, v in sizes["scaling"].items() if k in LLAMA3_SCALING and v != LLAMA3_SCALING[k]}
-        if differs:
-            raise InputError(f"{directory}/config.json: RoPE scaling {differs}: torchtune fixes {LLAMA3_SCALING}")
+        scaling = {key: sizes["scaling"][key] for key in LLAMA3_SCALING}
+        if scaling != LLAMA3_SCALING:
+            raise InputError(
+                f"{directory}/config.json: RoPE scaling {scaling}: torchtune fixes {LLAMA3_SCALING}"
+            )
         family, name = (llama3_2, "llama3_2") if sizes["tied"] else (llama3_1, "llama3_1")
         arguments["scale_factor"] = sizes["scaling"]["factor"]
     elif sizes["tied"]:
-        raise InputError(f"{directory}/config.json: tied embeddings without llama3 RoPE scaling: torchtune has no such model")
+        raise InputError(
+            f"{directory}/config.json: tied embeddings without llama3 RoPE scaling: torchtune has "
+            "no such model"
+        )
     from importlib import import_module
 
     builders = import_module(f"{family.__name__}._component_builders")

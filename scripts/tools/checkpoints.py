@@ -1,6 +1,7 @@
-"""Step folders of torch.distributed.checkpoint: which are whole, which fit, which to keep. torchtitan's and ours alike.
+"""Step folders of torch.distributed.checkpoint: which are whole, which fit, which to keep.
 
-checkpoints/step-<n>/   .metadata (written last, names every shard's size) and the shards
+checkpoints/step-<n>/ holds .metadata (written last, names every shard's size) and the shards;
+torchtitan's and ours are alike.
 """
 
 from __future__ import annotations
@@ -15,20 +16,23 @@ from scripts.run.errors import InputError
 
 
 def steps(folder: Path) -> list[int]:
-    """Steps that have a folder, newest first."""
+    """Return the steps that have a folder, newest first."""
     names = [p.name.partition("step-")[2] for p in folder.glob("step-*")]
     return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
 
 def read_metadata(step: Path):
-    """torch's own record of what a step folder holds."""
+    """Read torch's own record of what a step folder holds."""
     from torch.distributed.checkpoint import FileSystemReader
 
     return FileSystemReader(step).read_metadata()
 
 
 def damage(step: Path) -> str:
-    """What is wrong with a step folder whose save was finished once; "" if every shard has its full size."""
+    """Return what is wrong with a step folder whose save was finished once.
+
+    "" if every shard has its full size.
+    """
     try:
         stored = read_metadata(step).storage_data
     except Exception as error:  # a pickle cut short raises nearly anything
@@ -44,12 +48,13 @@ def damage(step: Path) -> str:
 
 
 def newest_whole(folder: Path, say: Callable[[str], None]) -> int | None:
-    """The step to go on from, None for a fresh start. Call it on one rank, while nothing writes.
+    """Return the step to go on from, None for a fresh start; tell `say` what was set aside.
 
-    A save that was cut short is removed: its steps were never done as far as anyone was told. A folder damaged
-    later is set aside under another name, and said. torchtitan would resume from a cut shard, or take a folder
-    without a whole step for a fresh start, even with an initial_load_path.
-    Raises InputError if damaged folders are all there is: a run must not silently start again at step 0.
+    Call it on one rank, while nothing writes. A save that was cut short is removed: its step was
+    never reported as saved. A folder damaged later is kept under another name. torchtitan would
+    resume from a cut shard, or take a folder without a whole step for a fresh start, even with an
+    initial_load_path. Raises InputError if damaged folders are all there is: a run must not
+    silently start again at step 0.
     """
     found, damaged = None, {}
     for number in steps(folder):
@@ -65,7 +70,12 @@ def newest_whole(folder: Path, say: Callable[[str], None]) -> int | None:
             shutil.rmtree(step)  # a removal of old steps that was cut short
     if damaged and found is None:
         mend = "restore it from a copy, or start the stage again: make clean with its RUN and STAGE"
-        raise InputError([f"{folder / f'step-{n}'}: {why}; no other checkpoint is whole: {mend}" for n, why in damaged.items()])
+        raise InputError(
+            [
+                f"{folder / f'step-{number}'}: {why}; no other checkpoint is whole: {mend}"
+                for number, why in damaged.items()
+            ]
+        )
     for number, problem in damaged.items():
         os.replace(folder / f"step-{number}", folder / f"damaged-{number}")
         say(f"checkpoint step-{number} is damaged: {problem}; set aside as damaged-{number}")
@@ -75,19 +85,32 @@ def newest_whole(folder: Path, say: Callable[[str], None]) -> int | None:
 
 
 def misfit(step: Path, model: Mapping[str, tuple], rank_prefix: str, ranks: int) -> list[str]:
-    """Why a whole checkpoint is not this run's: `model` is {key: shape} of what it must hold; each of the
-    data-parallel ranks that saved it wrote keys that begin with the prefix and its number."""
+    """Return why a whole checkpoint is not this run's; empty if it is.
+
+    `model` is {key: shape} of what it must hold; each of the data-parallel ranks that saved it
+    wrote keys that begin with `rank_prefix` and its number.
+    """
     stored = read_metadata(step).state_dict_metadata
-    mend = "it is from other settings; put this run's own there, or remove it: make clean with its RUN and STAGE"
+    mend = (
+        "it is from other settings; put this run's own there, or remove it: make clean with its "
+        "RUN and STAGE"
+    )
     found = []
     for key, shape in model.items():
         if key not in stored:
             found.append(f"{step}: holds no {key}; {mend}")
         elif tuple(stored[key].size) != tuple(shape):
-            found.append(f"{step}: {key} has shape {tuple(stored[key].size)}, this model's has {tuple(shape)}; {mend}")
-    world = len({m[1] for m in (re.match(re.escape(rank_prefix) + r"(\d+)", key) for key in stored) if m})
+            saved = tuple(stored[key].size)
+            found.append(
+                f"{step}: {key} has shape {saved}, this model's has {tuple(shape)}; {mend}"
+            )
+    numbers = (re.match(re.escape(rank_prefix) + r"(\d+)", key) for key in stored)
+    world = len({match[1] for match in numbers if match})
     if world != ranks:
-        found.append(f"{step}: saved by {world} data-parallel ranks, this run has {ranks}; give it the same GPUS and NODES")
+        found.append(
+            f"{step}: saved by {world} data-parallel ranks, this run has {ranks}; "
+            "give it the same GPUS and NODES"
+        )
     return found[:1]  # one cause makes hundreds
 
 
@@ -95,4 +118,5 @@ def prune(folder: Path, keep: int = 2) -> None:
     """Remove all but the newest `keep` finished steps."""
     whole = [n for n in steps(folder) if (folder / f"step-{n}" / ".metadata").exists()]
     for number in whole[keep:]:
-        shutil.rmtree(folder / f"step-{number}", ignore_errors=True)  # somebody may be removing it, too
+        # ignore_errors: another process may be removing it, too
+        shutil.rmtree(folder / f"step-{number}", ignore_errors=True)

@@ -1,6 +1,7 @@
-"""Configs against the upstream code that will read them: every unknown key and every wrong type, at once.
+"""Configs against the upstream code that will read them: all unknown keys and wrong types at once.
 
-Upstream tools ignore a misspelt key (torchtune), stop at the first (torchtitan, lm-eval), or fail an hour in.
+Upstream tools ignore a misspelt key (torchtune), stop at the first (torchtitan, lm-eval), or fail
+an hour in.
 """
 
 from __future__ import annotations
@@ -15,13 +16,18 @@ from typing import Any
 
 
 def unknown(key: str, known: Iterable[str]) -> str:
-    """What to say of a key that upstream does not have."""
+    """Return what to say of a key that upstream does not have, with the nearest that it has."""
     near = difflib.get_close_matches(key, list(known), 1)
-    return f"unknown key {key}; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}")
+    return f"unknown key {key}; " + (
+        f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
+    )
 
 
 def wrong_type(value: Any, annotation: Any) -> str:
-    """How a value misfits an annotation, "" if it fits. A whole number is a fine float, a string never a number."""
+    """Return how a value misfits an annotation, "" if it fits.
+
+    A whole number is a fine float, a string never a number.
+    """
     from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
     if isinstance(annotation, str):
@@ -32,13 +38,13 @@ def wrong_type(value: Any, annotation: Any) -> str:
         TypeAdapter(annotation).validate_python(value, strict=True)
     except ValidationError as error:
         return error.errors()[0]["msg"]
-    except PydanticSchemaGenerationError:  # a type of upstream's own: nothing to hold a YAML value against
+    except PydanticSchemaGenerationError:  # upstream's own type: no YAML value can be compared
         return ""
     return ""
 
 
 def against_dataclass(kind: type, values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Problems of a parsed config that will become the dataclass `kind`, nested ones included."""
+    """Return the problems of a config that will become the dataclass `kind`, nested or not."""
     types, found = typing.get_type_hints(kind), []
     for key, value in values.items():
         if key not in types:
@@ -50,14 +56,17 @@ def against_dataclass(kind: type, values: Mapping[str, Any], prefix: str = "") -
     return found
 
 
-def against_signature(component: Callable, values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Problems of keyword arguments that will be given to `component`."""
+def against_signature(
+    component: Callable, values: Mapping[str, Any], prefix: str = ""
+) -> list[str]:
+    """Return the problems of keyword arguments that will be given to `component`."""
     parameters = inspect.signature(component).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     found = []
     for key, value in values.items():
         if key not in parameters:
-            found += [] if open_ended else [unknown(prefix + key, [prefix + name for name in parameters])]
+            known = [prefix + name for name in parameters]
+            found += [] if open_ended else [unknown(prefix + key, known)]
         elif parameters[key].annotation in (int, float, bool, str, "int", "float", "bool", "str"):
             problem = wrong_type(value, parameters[key].annotation)
             found += [f"{prefix}{key} = {value!r}: {problem}"] if problem else []

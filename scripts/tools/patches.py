@@ -1,6 +1,7 @@
-"""Every patch of an upstream tool, each with the reason and the version at which it should go.
+"""Every patch of an upstream tool, each with its reason and the version at which it should go.
 
-All are no-ops where there is a GPU. Call the one for a tool before importing that tool.
+Call those of a tool before anything else of that tool is imported. Those named …_on_cpu change
+nothing where there is a GPU.
 """
 
 from __future__ import annotations
@@ -9,46 +10,95 @@ import types
 from pathlib import Path
 
 
+def torchtitan(world: int) -> None:
+    """Apply every patch of torchtitan for `world` ranks."""
+    torchtitan_on_cpu()
+    torchtitan_ddp_gradients()
+    torchtitan_without_a_nap()
+    checkpoints_without_collectives(world)
+
+
+def torchtune(world: int) -> None:
+    """Apply every patch of torchtune for `world` ranks."""
+    torchtune_on_cpu()
+    torchtune_merge_into_copies()
+    checkpoints_without_collectives(world)
+
+
 def torchtitan_on_cpu() -> None:
-    """torchtitan 0.2.2 takes CUDA for granted where torch reports no accelerator (torch._C has no attribute
-    _cuda_setDevice) and asks torch.cpu for functions it lacks. Goes with torchtitan > 0.2.2 if `tools/utils.py`
-    learns about CPUs."""
+    """Let torchtitan 0.2.2 run without an accelerator.
+
+    It takes CUDA for granted where torch reports none (torch._C has no attribute _cuda_setDevice)
+    and asks torch.cpu for functions that it lacks. Goes with torchtitan > 0.2.2 if
+    `tools/utils.py` learns about CPUs.
+    """
     import torch
 
     if torch.accelerator.is_available():
         return
     device = types.ModuleType("torch_cpu_device")
-    device.__dict__.update({name: getattr(torch.cpu, name) for name in dir(torch.cpu) if not name.startswith("__")})
+    public = [name for name in dir(torch.cpu) if not name.startswith("__")]
+    device.__dict__.update({name: getattr(torch.cpu, name) for name in public})
+    memory = types.SimpleNamespace(total_memory=1 << 40, name="CPU")
     device.current_device = lambda: 0
     device.get_device_name = lambda *_: "CPU"
-    device.get_device_properties = lambda *_: types.SimpleNamespace(total_memory=1 << 40, name="CPU")
+    device.get_device_properties = lambda *_: memory
     device.memory_stats = lambda *_: {}
     device.reset_peak_memory_stats = device.empty_cache = lambda *_: None
     original = torch._utils._get_available_device_type, torch._utils._get_device_module
-    torch._utils._get_available_device_type, torch._utils._get_device_module = (lambda: "cpu"), (lambda _: device)
+    torch._utils._get_available_device_type = lambda: "cpu"
+    torch._utils._get_device_module = lambda _: device
     import torchtitan.tools.utils  # noqa: F401  reads both once; the rest of torch keeps its own
 
     torch._utils._get_available_device_type, torch._utils._get_device_module = original
     _sum_reduction_on_gloo()
 
 
-def checkpoints_without_collectives() -> None:
-    """On one rank, save without collectives. torch 2.13's dcp.save gathers plans through gloo even there; the threads
-    this leaves behind make libgomp stop spinning at its barriers, and every later step takes up to 60 % longer. Goes
-    when dcp.save skips collectives at world size 1 by itself."""
+def torchtitan_ddp_gradients() -> None:
+    """Undo DDP's division of the gradients by the number of ranks, on every device.
+
+    torchtitan 0.2.2 divides the summed loss by the tokens of all ranks, so gradients must be
+    summed over the ranks. It tells FSDP and HSDP so (`disable_fsdp_gradient_division`) but not
+    DDP, whose reducer averages: on N ranks gradients are N × too small, which AdamW hides and
+    clipping does not (torchtitan #2318). Here the loss of the backward pass is N × larger under
+    DDP; the loss that is shown stays. A communication hook that sums would be wrong with gradient
+    accumulation: the reducer takes param.grad whole, with what earlier microbatches have reduced.
+    Goes with the release that closes #2318.
+    """
+    from torchtitan.train import Trainer
+
+    upstream = Trainer.forward_backward_step
+
+    def forward_backward_step(self, *, global_valid_tokens, **batch):
+        dims = self.parallel_dims
+        ranks = 1 if dims.fsdp_enabled else dims.dp_replicate
+        return upstream(self, global_valid_tokens=global_valid_tokens / ranks, **batch) / ranks
+
+    Trainer.forward_backward_step = forward_backward_step
+
+
+def checkpoints_without_collectives(world: int) -> None:
+    """Save without collectives on one rank.
+
+    torch 2.13's dcp.save gathers plans through gloo even there; the threads that this leaves
+    behind make libgomp stop spinning at its barriers, and every later step takes up to 60 %
+    longer. Goes when dcp.save skips collectives at world size 1 by itself.
+    """
     import functools
-    import os
 
     import torch.distributed.checkpoint as dcp
 
-    if os.environ["WORLD_SIZE"] == "1":
+    if world == 1:
         dcp.save = functools.partial(dcp.save, no_dist=True)
         dcp.async_save = functools.partial(dcp.async_save, no_dist=True)
 
 
 def torchtitan_without_a_nap() -> None:
-    """torchtitan 0.2.2's rank 0 sleeps two seconds at its end "for other ranks to complete", on one rank, too, and on
-    every stop. Ours meet at a barrier instead. Goes when train() ends with one."""
+    """Skip the two seconds that torchtitan 0.2.2's rank 0 sleeps at its end.
+
+    It sleeps "for other ranks to complete", on one rank, too, and at every stop. Ours meet at a
+    barrier instead. Goes when train() ends with one.
+    """
     import time
 
     import torchtitan.train
@@ -57,8 +107,11 @@ def torchtitan_without_a_nap() -> None:
 
 
 def torchtune_on_cpu() -> None:
-    """torchtune 0.6.1's distributed recipes read GPU memory statistics and empty a GPU cache on every device.
-    torchtune is no longer developed: goes when it is replaced."""
+    """Let torchtune 0.6.1's distributed recipes run without a GPU.
+
+    They read GPU memory statistics and empty a GPU cache on every device. torchtune is no longer
+    developed: goes when it is replaced.
+    """
     import torch
 
     if torch.accelerator.is_available():
@@ -72,9 +125,33 @@ def torchtune_on_cpu() -> None:
     _sum_reduction_on_gloo()
 
 
+def torchtune_merge_into_copies() -> None:
+    """Keep torchtune 0.6.1's LoRA save from changing the model that is being trained.
+
+    `get_merged_lora_ckpt` adds B·A in place. On a CPU the recipes' `.cpu()` copies nothing, so
+    training goes on from base + B·A with the adapter still on top, and every later save holds
+    each earlier one's B·A again. Here each base weight is copied before it is merged: one tensor
+    more on top of a GPU's own copy. Goes with torchtune.
+    """
+    from torchtune.modules import peft
+    from torchtune.modules.peft._utils import _get_lora_modules
+
+    upstream = peft.get_merged_lora_ckpt
+
+    def get_merged_lora_ckpt(state_dict, rank, alpha):
+        for name in _get_lora_modules(state_dict):
+            state_dict[f"{name}.weight"] = state_dict[f"{name}.weight"].clone()
+        return upstream(state_dict, rank, alpha)
+
+    peft.get_merged_lora_ckpt = get_merged_lora_ckpt
+
+
 def _sum_reduction_on_gloo() -> None:
-    """FSDP2 of torch 2.13 averages gradients with ReduceOp.PREMUL_SUM, which gloo refuses ("Cannot use
-    ReduceOp.PREMUL_SUM with Gloo"). Goes when FSDP picks the operation by backend."""
+    """Make FSDP2 sum gradients on gloo and divide afterwards.
+
+    torch 2.13 averages with ReduceOp.PREMUL_SUM, which gloo refuses ("Cannot use
+    ReduceOp.PREMUL_SUM with Gloo"). Goes when FSDP picks the operation by backend.
+    """
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
     upstream = FSDPParamGroup.__init__
@@ -87,20 +164,27 @@ def _sum_reduction_on_gloo() -> None:
 
 
 def lm_eval_without_bundled_tasks(names: list[str] | None, local: Path) -> None:
-    """lm-eval 0.4.13 indexes its 13,986 bundled task files at every start, 7 s, and its command line cannot be told
-    not to. Only where every task in `names` lies in the folder `local`."""
+    """Keep lm-eval 0.4.13 from indexing its 13,986 bundled task files, 7 s at every start.
+
+    Its command line cannot be told not to. Acts only where every task in `names` lies in the
+    folder `local`.
+    """
     import functools
 
     import lm_eval.tasks
 
     if set(names or ["bundled"]) <= {path.stem for path in local.glob("*.yaml")}:
-        lm_eval.tasks.TaskManager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+        manager = lm_eval.tasks.TaskManager
+        lm_eval.tasks.TaskManager = functools.partial(manager, include_defaults=False)
 
 
 def vllm_engine_by_fork() -> None:
-    """vLLM 0.32 starts its engine by spawn on a CPU, which pays every import a second time: 17 of 43 s. Nothing has run
-    in the API server by then, and with OMP_NUM_THREADS=1 no thread pool is lost, so a fork is safe. Goes when
-    `platforms/cpu.py` no longer overwrites VLLM_WORKER_MULTIPROC_METHOD."""
+    """Start vLLM 0.32's engine on a CPU by fork instead of spawn.
+
+    A spawn pays every import a second time: 17 of 43 s. Nothing has run in the API server by
+    then, and with OMP_NUM_THREADS=1 no thread pool is lost, so a fork is safe. Goes when
+    `platforms/cpu.py` no longer overwrites VLLM_WORKER_MULTIPROC_METHOD.
+    """
     import multiprocessing
     import os
 

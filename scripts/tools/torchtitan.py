@@ -1,23 +1,23 @@
-"""torchtitan around the pinned release: this run's model and data registered, its options checked, its trainer run."""
+"""torchtitan around the pinned release: model and data registered, options checked, trainer run."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 
 from scripts.job.rank import Rank
 from scripts.run import preflight
 from scripts.run.errors import InputError
 from scripts.run.files import read_json
+from scripts.tools import agreement, torchtitan_options
 from scripts.tools.checkpoints import misfit
 from scripts.tools.config_check import against_dataclass
 
-SPEC = "relay"  # the names under which the run's model and text are registered with torchtitan
+SPEC = "relay"  # the name under which the run's model and text are registered with torchtitan
 
 
 def overrides(stage: Rank) -> list[str]:
-    """What the run decides, as torchtitan's own flags; the user's flags follow and win."""
+    """Return what the run decides, as torchtitan's own flags; the user's flags follow and win."""
     flags = {
         "model.name": SPEC,
         "model.flavor": SPEC,
@@ -37,7 +37,7 @@ def overrides(stage: Rank) -> list[str]:
 
 
 def load_config(stage: Rank):
-    """torchtitan's JobConfig from the frozen TOML, the run and the user's arguments.
+    """Make torchtitan's JobConfig from the frozen TOML, the run and the user's arguments.
 
     Raises InputError with every unknown section, unknown key and wrong type at once.
     """
@@ -52,7 +52,8 @@ def load_config(stage: Rank):
     if found:
         raise InputError(found)
     try:
-        return ConfigManager().parse_args(["--job.config_file", str(stage.config), *overrides(stage)])
+        given = ["--job.config_file", str(stage.config), *overrides(stage)]
+        return ConfigManager().parse_args(given)
     except SystemExit:  # the parser has already printed which argument and why
         raise InputError(
             f"ARGS={stage.arguments}: torchtitan refuses them (its words are in {stage.log}); "
@@ -61,79 +62,94 @@ def load_config(stage: Rank):
 
 
 def check(stage: Rank, config) -> None:
-    """What torchtitan would find out late or not at all. Raises InputError with everything at once."""
+    """Raise InputError with all that torchtitan would find out late or not at all."""
+    import torch
+
     from scripts.tools.architecture import read_architecture
 
-    found = []
-    sizes = read_architecture(_assets(stage) / "config.json")
+    world = stage.environment.world
+    found = torchtitan_options.problems(config, world, not torch.accelerator.is_available())
+    context = read_architecture(_assets(stage) / "config.json")["context"]
     tokens = (read_json(stage.path("DATA") / "data.json") or {}).get("tokens", 0)
-    world = stage.nodes * stage.processes
-    batch = config.training.seq_len * max(config.training.global_batch_size, config.training.local_batch_size * world)
+    samples = config.training.local_batch_size * torchtitan_options.data_parallel(config, world)
+    batch = config.training.seq_len * max(config.training.global_batch_size, samples)
     if tokens and tokens < batch:
         found.append(
             f"{stage.path('DATA')}: {tokens} tokens are less than one batch of {batch} "
-            "(seq_len × batch size × processes); give more DATA, or a smaller --training.local_batch_size"
+            "(seq_len × batch size × data-parallel processes); give more DATA, or a smaller "
+            "--training.local_batch_size"
         )
-    if config.training.seq_len > sizes["context"]:
+    if config.training.seq_len > context:
         found.append(
-            f"training.seq_len {config.training.seq_len} is more than the model's max_position_embeddings {sizes['context']}"
+            f"training.seq_len {config.training.seq_len} is more than the model's "
+            f"max_position_embeddings {context}"
         )
-    if not config.checkpoint.enable or config.checkpoint.last_save_model_only:
-        found.append("checkpoint.enable must be true and last_save_model_only false: else a killed run starts at step 0")
-    if 0 < config.checkpoint.keep_latest_k < 3:
-        found.append("checkpoint.keep_latest_k must be 0 (all) or at least 3: the one being written counts, two stay whole")
     found += _needs(stage, config, world)
     if found:
         raise InputError(found)
 
 
 def _needs(stage: Rank, config, world: int) -> list[str]:
-    """Disk and memory for float32 weights, gradients and Adam's two moments: 4 bytes each a parameter, sharded."""
+    """Return what the machine lacks of disk and memory.
+
+    Counted in bytes: weights, gradients and Adam's two moments, each in training.dtype and
+    sharded over all ranks but replicas; a checkpoint holds three of the four.
+    """
     import torch
+    from torchtitan.config import TORCH_DTYPE_MAP
 
     count = preflight.parameters(read_json(_assets(stage) / "config.json"))
+    weights = count * TORCH_DTYPE_MAP[config.training.dtype].itemsize
+    export = count * TORCH_DTYPE_MAP[config.checkpoint.export_dtype].itemsize
     saves = config.training.steps // config.checkpoint.interval + 1
-    # Two more than are kept: torchtitan lists what to remove before a save has made its folder, and not after the last.
-    copies = min(saves, config.checkpoint.keep_latest_k + 2) if config.checkpoint.keep_latest_k else saves
+    # Two more than are kept: torchtitan lists what to remove before a save has made its folder,
+    # and not after the last.
+    keep = config.checkpoint.keep_latest_k
+    copies = min(saves, keep + 2) if keep else saves
     what = f"{copies} checkpoints and the model"
-    found = preflight.disk_problems(stage.directory, count * (12 * copies + 4), what)
-    share = count * 16 * max(1, config.parallelism.data_parallel_replicate_degree) / world
+    found = preflight.disk_problems(stage.directory, weights * 3 * copies + export, what)
+    share = weights * 4 * max(1, config.parallelism.data_parallel_replicate_degree) / world
     if torch.cuda.is_available():
-        free = torch.cuda.mem_get_info(int(os.environ["LOCAL_RANK"]))[0]
+        free = torch.cuda.mem_get_info(stage.environment.local_rank)[0]
         return found + preflight.memory_problems(share, "training on each GPU", free)
-    return found + preflight.memory_problems(share * stage.processes, "training here")
+    return found + preflight.memory_problems(share * stage.environment.processes, "training here")
 
 
 def _assets(stage: Rank) -> Path:
-    """The directory with config.json and tokenizer: FROM, or what the parent composed for this attempt."""
+    """Return the directory with config.json and tokenizer: FROM, or what the parent composed."""
     return stage.path("FROM") if "FROM" in stage.facts else stage.directory / "assets"
 
 
 def train(stage: Rank) -> None:
-    """One rank, whole: check, train to the last step from the newest whole checkpoint, export."""
+    """Do one rank's work: check, train on from the newest whole checkpoint, export.
+
+    Raises InputError.
+    """
     from scripts.tools import patches
 
-    patches.torchtitan_on_cpu()
-    patches.checkpoints_without_collectives()
+    stage.phase("imports torchtitan")
+    patches.torchtitan(stage.environment.world)
     config = load_config(stage)
     check(stage, config)
     _register(stage)
     folder, newest = stage.directory / "checkpoints", None
-    if os.environ["RANK"] == "0":  # the other ranks wait for this one where they meet
-        newest = stage.checkpoint()
+    if stage.first:  # the other ranks wait for this one in their first collective
+        newest = agreement.step_to_go_on_from(stage)
     import torch.distributed as dist
     from torchtitan.tools.logging import init_logger
 
-    patches.torchtitan_without_a_nap()
     init_logger()
+    stage.phase("builds the model")
     trainer = _trainer_class(stage)(config)
     if newest is not None:
         _check_fit(folder / f"step-{newest}", trainer)
     _report_progress(stage, trainer)
+    stage.phase("loads the text and the checkpoint")
     try:
         trainer.train()
         dist.barrier()
         if not trainer.left:
+            stage.phase("exports the model")
             export(trainer, stage.directory / "export")
     finally:
         trainer.close()
@@ -141,9 +157,14 @@ def train(stage: Rank) -> None:
 
 
 def _trainer_class(stage: Rank) -> type:
-    """torchtitan's trainer, which says where it starts and leaves when the stage is asked to: every rank at the
-    same step, with a checkpoint of it. torchtitan 0.2.2 has no hook for either."""
+    """Make torchtitan's trainer report its first step and leave when the stage is asked to.
+
+    Every rank leaves at the same step, with a checkpoint of it. torchtitan 0.2.2 has no hook for
+    either.
+    """
     from torchtitan.train import Trainer
+
+    stop = agreement.Stop(stage)
 
     class StoppableTrainer(Trainer):
         first, left = None, False  # the step it starts from; whether it left before the last
@@ -154,9 +175,10 @@ def _trainer_class(stage: Rank) -> type:
                 stage.report(step=self.step, total=self.job_config.training.steps)
             if not super().should_continue_training():
                 return False
-            if not stage.asked_to_stop():
+            if not stop.asked():
                 return True
-            # Written over, a whole checkpoint would be torn by a kill: not the one loaded, nor one just saved.
+            # A kill would tear a whole checkpoint that is written over: neither the one that was
+            # loaded nor one just saved is saved again.
             if self.step != self.first and not self.checkpointer._should_save(self.step):
                 self.checkpointer.save(self.step, last_step=True)
             self.checkpointer._async_wait()
@@ -167,9 +189,12 @@ def _trainer_class(stage: Rank) -> type:
 
 
 def _check_fit(step: Path, trainer) -> None:
-    """Raises InputError if a checkpoint was made by another model or by another number of ranks: torchtitan would
-    fail inside its loader, or start the data anew."""
-    model = {name: tuple(value.shape) for part in trainer.model_parts for name, value in part.state_dict().items()}
+    """Raise InputError if a checkpoint is of another model or of another number of ranks.
+
+    torchtitan would fail inside its loader, or start the data anew.
+    """
+    parts = [part.state_dict() for part in trainer.model_parts]
+    model = {name: tuple(value.shape) for part in parts for name, value in part.items()}
     found = misfit(step, model, "dataloader.dp_rank_", trainer.dataloader.dp_world_size)
     if found:
         raise InputError(found)
@@ -178,9 +203,9 @@ def _check_fit(step: Path, trainer) -> None:
 def export(trainer, directory: Path) -> None:
     """Write the trained weights as Hugging Face safetensors, from rank 0.
 
-    torchtitan's own export reorders the heads of sharded tensors and fails where the number of heads does not divide
-    by the number of shards ("Cannot unflatten unevenly sharded tensor"); so each tensor is gathered first, one at a
-    time, and only rank 0 keeps it, in main memory.
+    torchtitan's own export reorders the heads of sharded tensors and fails where the number of
+    heads does not divide by the number of shards ("Cannot unflatten unevenly sharded tensor"); so
+    each tensor is gathered first, one at a time, and only rank 0 keeps it, in main memory.
     """
     import torch.distributed as dist
     from huggingface_hub import save_torch_state_dict
@@ -195,7 +220,8 @@ def export(trainer, directory: Path) -> None:
     if dist.get_rank() == 0:
         weights = trainer.checkpointer.sd_adapter.to_hf(whole)
         directory.mkdir()
-        save_torch_state_dict({name: tensor.contiguous() for name, tensor in weights.items()}, directory)
+        weights = {name: tensor.contiguous() for name, tensor in weights.items()}
+        save_torch_state_dict(weights, directory)
     dist.barrier()
 
 
@@ -210,7 +236,8 @@ def _register(stage: Rank) -> None:
     from scripts.tools.architecture import torchtitan_model_args
 
     model_args = torchtitan_model_args(_assets(stage) / "config.json")
-    register_train_spec(SPEC, dataclasses.replace(get_train_spec(), model_args={SPEC: model_args}))
+    spec = dataclasses.replace(get_train_spec(), model_args={SPEC: model_args})
+    register_train_spec(SPEC, spec)
     DATASETS[SPEC] = DatasetConfig(
         path="",
         loader=lambda path: load_dataset("json", data_files=path, split="train"),
@@ -228,6 +255,7 @@ def _report_progress(stage: Rank, trainer) -> None:
 
         speed = metrics.ntokens_since_last_log / (time.perf_counter() - metrics.time_last_log)
         upstream(step, loss, *arguments, **keywords)
-        stage.report(step=step, total=trainer.job_config.training.steps, loss=round(loss, 4), tokens_per_second=round(speed))
+        numbers = {"loss": round(loss, 4), "tokens_per_second": round(speed)}
+        stage.report(step=step, total=trainer.job_config.training.steps, **numbers)
 
     metrics.log = log

@@ -1,63 +1,74 @@
-"""torchtune around the pinned release: this run's model and data put into the config, its keys checked, the stock
-recipe run. Finetune and align differ in their config and in the set they train on, nowhere else."""
+"""torchtune around the pinned release: config completed, keys checked, stock recipe run.
+
+Finetune and align differ in their config and in the set they train on, nowhere else.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
-import os
-import re
 import sys
 from pathlib import Path
 from typing import Any, Optional
 
+from scripts.job.parent import Parent
 from scripts.job.rank import Rank
-from scripts.job.stage import Stage
-from scripts.run import digests, preflight
+from scripts.run import preflight
 from scripts.run.errors import InputError
 from scripts.run.files import read_json
 from scripts.run.modeldir import hand_over, problems, weight_files
 from scripts.tools.config_check import against_signature, unknown, wrong_type
+from scripts.tools.torchtune_keys import DISTRIBUTED, KEYS, SINGLE_DEVICE, STARTS_GROUP
 
-OWN_KEYS = {"recipe", "save_every_n_steps"}  # ours, beside torchtune's: the stock recipe, and how often it saves
+OWN_KEYS = {"recipe", "save_every_n_steps"}  # ours: the stock recipe, and how often it saves
 
 
-def main(stage: Stage) -> dict:
-    """Around the ranks: a whole input before, the last epoch's weights handed over after."""
+def main(stage: Parent) -> dict:
+    """Check that the input is whole, run the ranks, hand over the last epoch's weights.
+
+    Returns what goes into stage.json. Raises InputError.
+    """
     source, data = stage.path("FROM"), stage.path("DATA")
     found = problems(source)
     if found:
         raise InputError(found)
     stage.ranks()
-    newest = max((stage.directory / "checkpoints").glob("epoch_*"), key=lambda p: int(p.name.split("_")[1]))
+    epochs = (stage.directory / "checkpoints").glob("epoch_*")
+    newest = max(epochs, key=lambda path: int(path.name.split("_")[1]))
     for leftover in newest.glob("*.pt"):
         leftover.unlink()  # adapters as pickle: only safetensors go between stages
     for part in newest.glob("adapter_*"):
         part.unlink()
-    model = hand_over(newest, source, stage.directory / "model")
+    stage.phase("hands the model over")
+    model = hand_over(newest, source, stage.directory / "model", stage.digests)
     return {
-        "inputs": {"model": digests.describe(source), "data": digests.describe(data)},
+        "inputs": {"model": stage.digests.describe(source), "data": stage.digests.describe(data)},
         "outputs": {"model": model},
         "summary": stage.progress,
     }
 
 
 def train(stage: Rank, dataset: str) -> None:
-    """One rank, whole: configuration, checks, the recipe. `dataset` is the file of DATA to train on."""
+    """Do one rank's work: configuration, checks, the recipe.
+
+    `dataset` is the file of DATA to train on. Raises InputError, and Left when asked to stop.
+    """
     from scripts.tools import patches
 
-    patches.torchtune_on_cpu()
-    patches.checkpoints_without_collectives()
+    stage.phase("imports torchtune")
+    patches.torchtune(stage.environment.world)
     import torch.distributed as dist
     from torchtune.training import get_distributed_backend
 
     from scripts.tools.torchtune_resume import Resumable
 
     cfg = load_config(stage, dataset)
-    recipe_class = find_recipe(cfg.recipe, stage.nodes * stage.processes)
-    check(stage, cfg, recipe_class)
-    if stage.nodes * stage.processes > 1 and "init_process_group(" not in inspect.getsource(recipe_class):
+    world = stage.environment.world
+    recipe_class = find_recipe(cfg.recipe, world)
+    check(stage, cfg)
+    if is_distributed(cfg.recipe, world) and cfg.recipe not in STARTS_GROUP:
         dist.init_process_group(get_distributed_backend(cfg.device))
+    stage.phase("loads the model")
     recipe = recipe_class(cfg=cfg)
     recipe.setup(cfg=cfg)
     batches = Resumable(stage, recipe, cfg.get("save_every_n_steps") or 0)
@@ -69,7 +80,10 @@ def train(stage: Rank, dataset: str) -> None:
 
 
 def load_config(stage: Rank, dataset: str):
-    """The frozen YAML, then what the run decides, then the user's key=value arguments. Raises InputError."""
+    """Merge the frozen YAML, what the run decides, and the user's key=value arguments.
+
+    Later ones win. Returns torchtune's DictConfig. Raises InputError.
+    """
     from omegaconf import OmegaConf
     from torchtune.config._parse import TuneRecipeArgumentParser
     from torchtune.config._utils import _merge_yaml_and_cli_args
@@ -83,11 +97,14 @@ def load_config(stage: Rank, dataset: str):
         "model.model_dir": str(source),
         "tokenizer.path": str(source),
         "dataset.data_files": str(stage.path("DATA") / dataset),
-        "metric_logger.log_dir": str(stage.directory / "metrics" / f"attempt-{stage.attempt_number}"),
+        "metric_logger.log_dir": str(
+            stage.directory / "metrics" / f"attempt-{stage.attempt_number}"
+        ),
     }
     try:
         parser = TuneRecipeArgumentParser()
-        values, arguments = parser.parse_known_args(["--config", str(stage.config), *stage.arguments])
+        given = ["--config", str(stage.config), *stage.arguments]
+        values, arguments = parser.parse_known_args(given)
         base = OmegaConf.create(vars(values))
         for key, value in run.items():
             OmegaConf.update(base, key, value, force_add=True)
@@ -97,18 +114,28 @@ def load_config(stage: Rank, dataset: str):
         raise InputError(f"{stage.config} with ARGS={stage.arguments}: {error}") from None
 
 
+def is_distributed(name: str, world: int) -> bool:
+    """Return whether `world` processes run the recipe's distributed variant.
+
+    One process does where torchtune has no other.
+    """
+    return world > 1 or name not in SINGLE_DEVICE
+
+
 def find_recipe(name: str, world: int) -> type:
-    """The stock recipe class: <name>_single_device for one process where there is one, else <name>_distributed."""
+    """Return the stock recipe's class for `world` processes. Raises InputError if there is none."""
     import torchtune
     from torchtune.recipe_interfaces import FTRecipeInterface
 
-    folder = Path(torchtune.__file__).parent.parent / "recipes"  # files to run, not a package to import
-    wanted = [f"{name}_single_device", f"{name}_distributed"] if world == 1 else [f"{name}_distributed"]
-    found = [w for w in wanted if (folder / f"{w}.py").exists()]
-    if not found:
-        known = sorted({re.sub(r"_(single_device|distributed)$", "", p.stem) for p in folder.glob("*_d*.py")})
-        raise InputError(f"recipe: {name}: torchtune has no {' or '.join(wanted)}; it has {', '.join(known)}")
-    spec = importlib.util.spec_from_file_location(f"torchtune_{found[0]}", folder / f"{found[0]}.py")
+    known = KEYS if world == 1 else DISTRIBUTED
+    if name not in known:
+        raise InputError(
+            f"recipe: {name}: torchtune has none of this name for {world} process(es); "
+            f"it has {', '.join(sorted(known))}"
+        )
+    file = f"{name}_distributed" if is_distributed(name, world) else f"{name}_single_device"
+    folder = Path(torchtune.__file__).parent.parent / "recipes"  # files to run, not a package
+    spec = importlib.util.spec_from_file_location(f"torchtune_{file}", folder / f"{file}.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return next(
@@ -118,13 +145,13 @@ def find_recipe(name: str, world: int) -> type:
     )
 
 
-def check(stage: Rank, cfg, recipe_class: type) -> None:
-    """Unknown keys, wrong types and missing components, all at once: torchtune ignores a misspelt key."""
-    found = [f"{stage.config}: {problem}" for problem in wrong_keys(cfg, recipe_class)]
+def check(stage: Rank, cfg) -> None:
+    """Raise InputError with every wrong key, or else with all that the machine lacks."""
+    found = [f"{stage.config}: {problem}" for problem in wrong_keys(cfg)]
     if found:
         raise InputError(found)  # what follows trusts types
     rows = Path(cfg.dataset.data_files).read_text(encoding="utf-8").count("\n")
-    batch = cfg.batch_size * stage.nodes * stage.processes
+    batch = cfg.batch_size * stage.environment.world
     if rows < batch:
         found.append(
             f"{cfg.dataset.data_files}: {rows} rows are less than one batch of {batch} "
@@ -136,28 +163,30 @@ def check(stage: Rank, cfg, recipe_class: type) -> None:
 
 
 def _needs(stage: Rank, cfg) -> list[str]:
-    """Disk and memory: weights, and unless adapters alone are trained, gradients and Adam's two moments."""
+    """Return what the machine lacks of disk and memory.
+
+    Counted in bytes: weights, and unless adapters alone are trained, gradients and Adam's two
+    moments; on the disk two finished step folders and one being written, with the moments.
+    """
     from torchtune.training import get_dtype
 
-    weights = preflight.parameters(read_json(stage.path("FROM") / "config.json")) * get_dtype(cfg.dtype).itemsize
-    full = cfg.recipe.startswith("full")
+    parameters = preflight.parameters(read_json(stage.path("FROM") / "config.json"))
+    weights = parameters * get_dtype(cfg.dtype).itemsize
+    full = "save_adapter_weights_only" not in KEYS[cfg.recipe]  # else it has adapters to save
     reference = weights if cfg.recipe.startswith("full_dpo") else 0
-    share = (weights * (4 if full else 1) + reference) / stage.nodes
+    share = (weights * (4 if full else 1) + reference) / stage.environment.nodes
     disk = weights * cfg.epochs + (3 * 3 * weights if full else 0)
     found = preflight.disk_problems(stage.directory, disk, "checkpoints and the model")
-    return found + (preflight.memory_problems(share, "training here") if cfg.device == "cpu" else [])
+    return found + (
+        preflight.memory_problems(share, "training here") if cfg.device == "cpu" else []
+    )
 
 
-def wrong_keys(cfg, recipe_class: type) -> list[str]:
-    """Unknown keys, wrong types and missing components of a config for this recipe."""
+def wrong_keys(cfg) -> list[str]:
+    """Return a config's unknown keys, wrong types and missing components, for its recipe."""
     from torchtune.config._utils import _get_component_from_path
 
-    # One config serves one process and many: a key may be for the other variant of the recipe alone.
-    file = Path(sys.modules[recipe_class.__module__].__file__)
-    variants = file.parent.glob(re.sub(r"_(single_device|distributed)$", "_[sd]*", file.stem) + ".py")
-    source = "".join(p.read_text(encoding="utf-8") for p in variants)
-    used = set(re.findall(r"(?<![\w.])cfg(?:\.get\(\s*\"(\w+)\"|\[\"(\w+)\"\]|\.(?!get\b)(\w+))", source))
-    known = {name for names in used for name in names if name} | {"profiler"} | OWN_KEYS
+    known = KEYS[cfg.recipe] | OWN_KEYS
     found = []
     for key, value in cfg.items():
         if key not in known:
@@ -177,10 +206,22 @@ def wrong_keys(cfg, recipe_class: type) -> list[str]:
 
 # Types of the recipes' own keys, as the configs that torchtune ships use them (recipes/configs/).
 TYPES: dict[str, Any] = {
-    **dict.fromkeys(("batch_size", "epochs", "gradient_accumulation_steps", "log_every_n_steps"), int),
-    **dict.fromkeys(("max_steps_per_epoch", "seed", "save_every_n_steps"), Optional[int]),
-    **dict.fromkeys(("shuffle", "compile", "resume_from_checkpoint", "optimizer_in_bwd", "log_peak_memory_stats"), bool),
-    **dict.fromkeys(("output_dir", "device", "dtype", "recipe"), str),
+    "batch_size": int,
+    "epochs": int,
+    "gradient_accumulation_steps": int,
+    "log_every_n_steps": int,
+    "max_steps_per_epoch": Optional[int],
+    "seed": Optional[int],
+    "save_every_n_steps": Optional[int],
+    "shuffle": bool,
+    "compile": bool,
+    "resume_from_checkpoint": bool,
+    "optimizer_in_bwd": bool,
+    "log_peak_memory_stats": bool,
+    "output_dir": str,
+    "device": str,
+    "dtype": str,
+    "recipe": str,
 }
 
 
@@ -188,7 +229,7 @@ def _report_progress(stage: Rank, recipe) -> None:
     """Pass each logged step on to the parent, which shows it with the time left."""
     total = recipe.total_epochs * recipe._steps_per_epoch
     stage.report(step=recipe.global_step, total=total)
-    if os.environ["RANK"] != "0":
+    if not stage.first:
         return  # distributed recipes have a logger on rank 0 alone
     logger = recipe._metric_logger
     upstream = logger.log_dict

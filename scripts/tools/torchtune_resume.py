@@ -1,10 +1,11 @@
-"""Step-level saves and exact resume around torchtune's pinned recipes, which save once an epoch and forget the data's
-position. Nothing of a recipe is copied: its dataloader is stood in for, and between two of its batches all is at rest.
+"""Step-level saves and exact resume around torchtune's pinned recipes.
+
+They save once an epoch and forget the data's position. Nothing of a recipe is copied: its
+dataloader is replaced, and between two batches nothing of the recipe is under way.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from itertools import islice
@@ -25,19 +26,22 @@ from torch.utils.data import DataLoader
 
 from scripts.job.rank import Left, Rank
 from scripts.run.errors import InputError
-from scripts.tools import checkpoints
+from scripts.tools import agreement, checkpoints
 
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # under LoRA the adapters alone
 
 
 class Resumable:
-    """A recipe's dataloader: the same batches, from the step where an earlier attempt left, with a save every
-    `every` steps (0: none) and when the stage is asked to stop."""
+    """Stand in for a recipe's dataloader: same batches, from the step where an attempt left.
+
+    Saves every `every` steps (0: never) and when the stage is asked to stop.
+    """
 
     def __init__(self, rank: Rank, recipe: Any, every: int):
         self.inner, self.recipe, self.rank, self.every = recipe._dataloader, recipe, rank, every
         self.folder = rank.directory / "checkpoints"
         self.saving, self.random = None, None
+        self.stop = agreement.Stop(rank)
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         recipe._dataloader = self
 
@@ -51,8 +55,12 @@ class Resumable:
         recipe = self.recipe
         batches_per_step, steps = recipe._gradient_accumulation_steps, recipe._steps_per_epoch
         done = recipe.global_step - recipe.epochs_run * steps
-        batches = islice(iter(self.inner.batch_sampler), done * batches_per_step, steps * batches_per_step)
-        loader = iter(DataLoader(self.inner.dataset, batch_sampler=batches, collate_fn=self.inner.collate_fn))
+        first, end = done * batches_per_step, steps * batches_per_step
+        options = {
+            "batch_sampler": islice(iter(self.inner.batch_sampler), first, end),
+            "collate_fn": self.inner.collate_fn,
+        }
+        loader = iter(DataLoader(self.inner.dataset, **options))
         if self.random is not None:
             restore_random(self.random)  # after the loader, which draws a number itself
             self.random = None
@@ -64,7 +72,7 @@ class Resumable:
                 self._between_steps(before)
 
     def _between_steps(self, step: int) -> None:
-        asked = self.rank.asked_to_stop()
+        asked = self.stop.asked()
         if asked or (self.every and step % self.every == 0):
             self.save(step)
         if asked:
@@ -72,42 +80,50 @@ class Resumable:
             raise Left
 
     def state(self) -> dict[str, Any]:
-        """All that the next step depends on."""
+        """Return all that the next step depends on."""
         recipe = self.recipe
         return {
             "model": get_model_state_dict(recipe._model, options=TRAINED),
-            "optimizer": get_optimizer_state_dict(recipe._model, self._optimizers(), options=TRAINED),
+            "optimizer": get_optimizer_state_dict(
+                recipe._model, self._optimizers(), options=TRAINED
+            ),
             "schedule": recipe._lr_scheduler.state_dict() if recipe._lr_scheduler else {},
             "progress": {"step": recipe.global_step, "epochs": recipe.epochs_run},
-            f"random-{os.environ['RANK']}": random_state(),
+            f"random-{self.rank.number}": random_state(),
         }
 
     def _optimizers(self) -> list:
-        """One, or one for each parameter where the recipe steps in the backward pass."""
-        recipe = self.recipe
-        return [recipe._optimizer] if recipe._optimizer else list(recipe._optim_ckpt_wrapper.optim_map.values())
+        """Return one, or one for each parameter where the recipe steps in the backward pass."""
+        if self.recipe._optimizer:
+            return [self.recipe._optimizer]
+        return list(self.recipe._optim_ckpt_wrapper.optim_map.values())
 
     def save(self, step: int) -> None:
-        """Write checkpoints/step-<n> behind the training's back; the two whole ones before it stay until it is whole."""
+        """Write checkpoints/step-<step> while training goes on.
+
+        The two whole ones before it stay until it is whole.
+        """
         self.wait()
         options = {"process_group": self.group} if self.group else {}
-        self.saving = dcp.async_save(self.state(), checkpoint_id=self.folder / f"step-{step}", **options)
+        folder = self.folder / f"step-{step}"
+        self.saving = dcp.async_save(self.state(), checkpoint_id=folder, **options)
 
     def wait(self) -> None:
-        """Until the save under way is on the disk. Raises what went wrong with it."""
+        """Wait until the save under way is on the disk. Raises what went wrong with it."""
         if self.saving is not None:
             self.saving.result()
             self.saving = None
-            if os.environ["RANK"] == "0":
+            if self.rank.first:
                 checkpoints.prune(self.folder)
 
     def resume(self) -> None:
-        """Take up the newest whole checkpoint, if there is one, and remove what later steps had exported.
+        """Load the newest whole checkpoint, if there is one, and remove later steps' exports.
 
-        Raises InputError if it is damaged and the only one, or another model's or number of ranks'.
+        Raises InputError if it is damaged and the only one, or of another model or another number
+        of ranks.
         """
-        recipe, first = self.recipe, os.environ["RANK"] == "0"
-        newest = [self.rank.checkpoint() if first else None]
+        recipe, first = self.recipe, self.rank.first
+        newest = [agreement.step_to_go_on_from(self.rank) if first else None]
         if self.group:
             dist.broadcast_object_list(newest, 0, group=self.group)
         if newest[0] is not None:
@@ -119,26 +135,28 @@ class Resumable:
     def _load(self, step: Path) -> None:
         recipe, state = self.recipe, self.state()
         model = {f"model.{name}": value.shape for name, value in state["model"].items()}
-        found = checkpoints.misfit(step, model, "random-", int(os.environ["WORLD_SIZE"]))
+        found = checkpoints.misfit(step, model, "random-", self.rank.environment.world)
         if found:
             raise InputError(found)
         dcp.load(state, checkpoint_id=step, process_group=self.group, no_dist=self.group is None)
         set_model_state_dict(recipe._model, state["model"], options=TRAINED)
-        set_optimizer_state_dict(recipe._model, self._optimizers(), state["optimizer"], options=TRAINED)
+        optimizers = self._optimizers()
+        set_optimizer_state_dict(recipe._model, optimizers, state["optimizer"], options=TRAINED)
         if recipe._lr_scheduler:
             recipe._lr_scheduler.load_state_dict(state["schedule"])
-        recipe.global_step, recipe.epochs_run = state["progress"]["step"], state["progress"]["epochs"]
-        self.random = state[f"random-{os.environ['RANK']}"]
+        recipe.global_step = state["progress"]["step"]
+        recipe.epochs_run = state["progress"]["epochs"]
+        self.random = state[f"random-{self.rank.number}"]
 
 
 def random_state() -> dict[str, torch.Tensor]:
-    """The states of torch's generators: dropout must go on as if nothing had happened."""
+    """Return the states of torch's generators: dropout must go on as if nothing had happened."""
     state = {"cpu": torch.get_rng_state()}
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
 def restore_random(state: dict[str, torch.Tensor]) -> None:
-    """Inverse of random_state."""
+    """Put random_state's states back."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])

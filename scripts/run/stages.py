@@ -1,0 +1,58 @@
+"""The stage table: what each stage reads, makes and needs. The launcher and the clusters ask this
+table, never a stage's name, so a new stage is one row here, one script and one file a cluster."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class StageRow(NamedTuple):
+    """Describe one stage to whoever submits, shows or stops it."""
+
+    name: str
+    reads: tuple[str, ...]  # "corpus" (DATA as the user has it), "sets" (prepared DATA), "model"
+    makes: str  # "sets", "model", "verdict" or "service"
+    ranks: bool = False  # starts NODES × GPUS ranks; any other stage is one process on one node
+    from_scratch: bool = False  # needs no FROM: the architecture of MODEL is enough
+    has_config: bool = True  # runs an upstream tool, with a config and ARGS
+    in_line: bool = True  # belongs to make pipeline
+
+    @property
+    def serves(self) -> bool:
+        """Tell whether the stage runs until it is stopped, and answers at an address."""
+        return self.makes == "service"
+
+
+TABLE = (
+    StageRow("data", ("corpus",), "sets", from_scratch=True, has_config=False),
+    StageRow("pretrain", ("sets", "model"), "model", ranks=True, from_scratch=True),
+    StageRow("finetune", ("sets", "model"), "model", ranks=True),
+    StageRow("align", ("sets", "model"), "model", ranks=True),
+    StageRow("evaluate", ("sets", "model"), "verdict"),
+    StageRow("deploy", ("model",), "service"),
+)
+
+
+def row(name: str) -> StageRow:
+    """Return a stage's row. Raises KeyError for a name that is no stage."""
+    return {r.name: r for r in TABLE}[name]
+
+
+def names() -> list[str]:
+    """Name every stage, in the order of the line."""
+    return [r.name for r in TABLE]
+
+
+def maker(product: str) -> StageRow:
+    """Return the stage of the line that makes "sets", "verdict" or "service"."""
+    return next(r for r in TABLE if r.makes == product and r.in_line)
+
+
+def trained() -> list[str]:
+    """Name the stages that train, in the order in which they hand a model on."""
+    return [r.name for r in TABLE if r.makes == "model" and r.ranks]
+
+
+def before(name: str) -> list[str]:
+    """Name the stages that stand before this one."""
+    return names()[: names().index(name)]

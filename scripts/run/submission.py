@@ -1,0 +1,91 @@
+"""One stage ready to start: where, on how many nodes and GPUs, and the files that say what runs.
+Make writes them, and a dry run prints the commands that do."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from scripts.run import files
+from scripts.run.layout import Run, relative, run_of
+from scripts.run.stages import StageRow, row
+
+
+@dataclass
+class Submission:
+    """Hold what a stage is submitted with. `nodes` and `gpus` are 1 for a stage without ranks."""
+
+    directory: Path
+    nodes: int = 1
+    gpus: int = 1  # ranks on each node
+    files: dict[str, str] = field(default_factory=dict)  # text by name in the directory
+    origins: dict[str, Path] = field(default_factory=dict)  # of the files that are copies
+
+    @property
+    def row(self) -> StageRow:
+        """Return the stage's row of the stage table."""
+        return row(self.directory.name)
+
+    @property
+    def run(self) -> Run:
+        """Return the run that the stage belongs to."""
+        return run_of(self.directory)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Return what stage.env says."""
+        return files.parse_env(self.files.get("stage.env", ""))
+
+    def copy(self, path: Path, name: str) -> None:
+        """Freeze a file of the repository under a name in the stage's directory."""
+        self.files[name], self.origins[name] = path.read_text(encoding="utf-8"), path
+
+    def write(self, submitted: str) -> None:
+        """Write the files, and in submitted.txt the line that starts the stage by hand."""
+        for name, text in {**self.files, "submitted.txt": submitted + "\n"}.items():
+            path = self.directory / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write_atomic(path, text)
+
+    def as_shell(self) -> str:
+        """Format the commands that write the files, for a shell in the repository."""
+        folders = {
+            (self.directory / name).parent for name in ("logs/*", *self.files) if "/" in name
+        }
+        lines = [f"mkdir -p {shlex.join(sorted(map(relative, folders)))}"]
+        for name, text in self.files.items():
+            path = shlex.quote(relative(self.directory / name))
+            if name in self.origins:
+                lines.append(f"cp {shlex.quote(relative(self.origins[name]))} {path}")
+            else:
+                lines.append(f"cat > {path} << 'EOF'\n{text}EOF")
+        return "\n".join(lines)
+
+    def differences(self) -> list[str]:
+        """List how the submission that lies there differs from this one; [] if it is the same or
+        there is none."""
+        if not (self.directory / "stage.env").exists():
+            return []
+        found = []
+        for name, text in self.files.items():
+            path = self.directory / name
+            if path.exists() and path.read_text(encoding="utf-8") != text:
+                found += self._difference(name, path, text)
+        return found
+
+    @staticmethod
+    def _difference(name: str, path: Path, text: str) -> list[str]:
+        if name == "stage.env":
+            old, new = files.read_env(path), files.parse_env(text)
+            return [
+                f"{key} was {old.get(key, 'not set')}, now {new.get(key, 'not set')}"
+                for key in sorted(old.keys() | new.keys())
+                if old.get(key, "") != new.get(key, "")
+            ]
+        if name == "args.json":
+            words = (files.read_json(path), json.loads(text))
+            before, now = (shlex.join(given) or "none" for given in words)
+            return [f"ARGS were {before}, now {now}"]
+        return [f"{name} has changed since (the run's copy: {relative(path)})"]

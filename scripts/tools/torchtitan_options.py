@@ -1,0 +1,137 @@
+"""Options of torchtitan 0.2.2 that it accepts and that then do harm, or nothing.
+
+What each does was seen in runs on two gloo ranks or read in its source; it is refused before a
+step, by name, so that nobody pays for a run to find out.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from operator import attrgetter
+from typing import Any
+
+DENSE = "the models here are dense: it does nothing"
+EXPORTED = "this stage writes the Hugging Face directory itself, from a whole checkpoint"
+RESUMED = "a killed run would start again at step 0"
+
+# option: the one value that works, and what any other does
+WORKS: dict[str, tuple[Any, str]] = {
+    "parallelism.pipeline_parallel_degree": (
+        1,
+        "its gradients are the number of tokens in a batch × too large (torchtitan #2972); "
+        "use --parallelism.tensor_parallel_degree or data_parallel_shard_degree",
+    ),
+    "parallelism.expert_parallel_degree": (1, DENSE),
+    "parallelism.expert_tensor_parallel_degree": (1, DENSE),
+    "parallelism.expert_parallel_comm_backend": ("standard", DENSE),
+    "debug.moe_force_load_balance": (False, DENSE),
+    "parallelism.enable_async_tensor_parallel": (False, "it needs compile.enable"),
+    "compile.enable": (False, "a compiled model's checkpoint cannot be resumed"),
+    "fault_tolerance.enable": (
+        False,
+        "torchft is not installed and torchtitan trains without it; a stopped run is resumed by "
+        "the same command",
+    ),
+    "validation.enable": (
+        False,
+        "it downloads allenai/c4, not this run's held-out set; use make evaluate",
+    ),
+    "memory_estimation.enable": (False, "torchtitan's trainer ignores it"),
+    "comm.mode": ("default", "the ranks would train without exchanging anything"),
+    "optimizer.early_step_in_backward": (
+        False,
+        "it steps before training.max_norm is applied, and once for each microbatch",
+    ),
+    "checkpoint.enable": (True, RESUMED),
+    "checkpoint.load_only": (False, RESUMED),
+    "checkpoint.last_save_model_only": (False, "the last checkpoint could not be resumed"),
+    "checkpoint.last_save_in_hf": (False, EXPORTED),
+    "checkpoint.create_seed_checkpoint": (False, EXPORTED),
+    "checkpoint.load_step": (-1, "each attempt would go back to that step; the newest is taken"),
+    "checkpoint.initial_load_in_hf_quantized": (False, "torchtitan's Llama ignores it"),
+}
+GPU_ALONE: dict[str, tuple[Any, str]] = {
+    "parallelism.context_parallel_degree": (1, "its attention has no kernel for a CPU"),
+    "training.enable_cpu_offload": (False, "on a CPU there is nothing to offload from"),
+    "profiling.enable_profiling": (False, "torchtitan's profiler asks for a GPU"),
+    "profiling.enable_memory_snapshot": (False, "it records a GPU's memory"),
+}
+CONVERTERS = ("linear.float8", "linear.mx", "grouped_mm.float8", "grouped_mm.mx")
+
+
+def problems(config: Any, world: int, on_cpu: bool) -> list[str]:
+    """Return what is wrong with the options of a JobConfig for `world` ranks, all at once."""
+    found = []
+    for name, (works, why) in {**WORKS, **(GPU_ALONE if on_cpu else {})}.items():
+        value = attrgetter(name)(config)
+        if value != works:
+            found.append(f"{name} must be {json.dumps(works)}, not {json.dumps(value)}: {why}")
+    if config.activation_checkpoint.mode == "memory_budget":
+        found.append('activation_checkpoint.mode "memory_budget" needs compile.enable; use "full"')
+    if on_cpu and config.checkpoint.async_mode == "async_with_pinned_mem":
+        found.append('checkpoint.async_mode "async_with_pinned_mem" needs a GPU; use "async"')
+    if 0 < config.checkpoint.keep_latest_k < 3:
+        found.append(
+            "checkpoint.keep_latest_k must be 0 (all) or at least 3: the one being written "
+            "counts, two stay whole"
+        )
+    if config.metrics.enable_wandb and not find_spec("wandb"):
+        found.append("metrics.enable_wandb: wandb is not installed; use metrics.enable_tensorboard")
+    return found + _quantisation(config, on_cpu) + _degrees(config, world)
+
+
+def data_parallel(config: Any, world: int) -> int:
+    """Return how many of `world` ranks read different data."""
+    sizes = config.parallelism
+    others = sizes.tensor_parallel_degree * sizes.context_parallel_degree
+    return max(1, world // (others * sizes.pipeline_parallel_degree))
+
+
+def _quantisation(config: Any, on_cpu: bool) -> list[str]:
+    found = []
+    for name in CONVERTERS:
+        settings = attrgetter(f"quantize.{name}")(config)
+        chosen = f"quantize.{name}" in config.model.converters
+        if chosen and name.startswith("grouped_mm"):
+            found.append(f"model.converters quantize.{name}: {DENSE}")
+        elif chosen and on_cpu and not getattr(settings, "emulate", False):
+            emulated = "; --quantize.linear.float8.emulate runs" if name == "linear.float8" else ""
+            found.append(f"model.converters quantize.{name} needs a GPU{emulated}")
+        elif not chosen and settings != type(settings)():
+            found.append(f"quantize.{name} does nothing without --model.converters quantize.{name}")
+    return found
+
+
+def _degrees(config: Any, world: int) -> list[str]:
+    """Hold the degrees of parallelism against the ranks: torchtitan stops at an assertion."""
+    sizes, found = config.parallelism, []
+    tensor, context = sizes.tensor_parallel_degree, sizes.context_parallel_degree
+    pipeline, replicate = sizes.pipeline_parallel_degree, sizes.data_parallel_replicate_degree
+    given = tensor * context * pipeline * replicate
+    shard = sizes.data_parallel_shard_degree
+    shard = world // given if shard == -1 else shard
+    if given * shard != world:
+        return [
+            f"parallelism: data_parallel_replicate_degree {replicate} × data_parallel_shard_degree "
+            f"{sizes.data_parallel_shard_degree} × tensor {tensor} × context {context} × pipeline "
+            f"{pipeline} is not GPUS × NODES = {world}"
+        ]
+    batch = config.training.local_batch_size * data_parallel(config, world)
+    if config.training.global_batch_size > 0 and config.training.global_batch_size % batch:
+        found.append(
+            f"training.global_batch_size {config.training.global_batch_size} is no multiple of "
+            f"training.local_batch_size × data-parallel ranks = {batch}"
+        )
+    if tensor > 1 and shard * context == 1:
+        if replicate > 1:
+            found.append(
+                "parallelism.data_parallel_replicate_degree goes with tensor parallelism only if "
+                "data_parallel_shard_degree is more than 1"
+            )
+        if config.training.mixed_precision_param != "float32":
+            found.append(
+                "training.mixed_precision_param is ignored under tensor parallelism without "
+                "sharding; set it to float32, or training.dtype to bfloat16"
+            )
+    return found

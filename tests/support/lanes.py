@@ -1,0 +1,29 @@
+"""How slow tests are shared out among the workers of pytest -n, and what a machine may lack.
+
+xdist's own groups (--dist loadgroup) do nothing under pytest 9.2: xdist 3.8 writes them into an
+attribute that pytest no longer reads. This module's scheduler goes when xdist has mended that.
+"""
+
+import os
+
+import pytest
+
+LANES = ("tests/test_line.py", "tests/test_slurm.py")  # one demo, one cluster: on one worker each
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """Give a worker a lane as a whole, the lanes first, and every other test by itself."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByLane(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if file in LANES else nodeid
+
+    return ByLane(config, log)
+
+
+def lacking(what: str) -> None:
+    """Skip a lane that this machine cannot run; in CI, where lanes are required, fail."""
+    (pytest.fail if os.environ.get("LANES") == "required" else pytest.skip)(what)

@@ -1,0 +1,137 @@
+"""One plan for a command: what it asks of a cluster, and that a new stage is a row of a table."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+STUB = """#!/bin/sh
+echo "{name} $*" >> "$CALLS"
+{does}
+"""
+STUBS = {
+    "bash": 'exec /bin/bash "$@"',
+    "sbatch": 'case "$*" in *--test-only*) ;; *) wc -l < "$CALLS" ;; esac',
+    "squeue": """
+for job in $(echo "$1" | tr -c "0-9\\n" " "); do
+  echo "$job|PENDING|Dependency|1|N/A||"
+done""",
+    "scontrol": "echo 'ClusterName = stub'",
+}
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what a login node needs, to edit, with a .venv that can be run."""
+    folder = tmp_path / "checkout"
+    for name in ("scripts", "slurm", "configs"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    (folder / ".venv/bin").mkdir(parents=True)
+    (folder / ".venv/bin/python").symlink_to(sys.executable)
+    return folder
+
+
+@pytest.fixture
+def stubs(tmp_path):
+    """Slurm's programs and bash as stubs that note each call; returns their environment."""
+    folder = tmp_path / "stubs"
+    folder.mkdir()
+    for name, does in STUBS.items():
+        (folder / name).write_text(STUB.format(name=name, does=does))
+        (folder / name).chmod(0o755)
+    calls = tmp_path / "calls"
+    calls.touch()
+    return {"PATH": f"{folder}:/usr/bin:/bin", "CALLS": str(calls)}
+
+
+def launch(checkout, verb, **env):
+    """Run the launcher of a checkout on an environment of nothing but `env`."""
+    settings = {"PATH": os.environ["PATH"], "RUNS": str(checkout.parent / "runs"), **env}
+    words = [sys.executable, "-m", "scripts.launch", verb]
+    result = subprocess.run(words, cwd=checkout, env=settings, capture_output=True, text=True)
+    assert "Traceback" not in result.stderr, result.stderr
+    return result
+
+
+def calls(env, pattern):
+    return len(re.findall(pattern, Path(env["CALLS"]).read_text(), re.M))
+
+
+def test_a_fresh_pipeline_asks_slurm_little(checkout, stubs):
+    """It used to plan every stage three times: 18 test-only, 22 scontrol, 16 squeue, 78 shells."""
+    result = launch(checkout, "pipeline", CLUSTER="slurm", RUN="x", NODES="2", GPUS="8", **stubs)
+    assert result.returncode == 0, result.stderr
+    jobs = re.findall(r"^(\w+): job (\d+)(?:, after job (\d+))?", result.stdout, re.M)
+    assert [stage for stage, _, _ in jobs] == [
+        "data",
+        "pretrain",
+        "finetune",
+        "align",
+        "evaluate",
+        "deploy",
+    ]
+    assert [after for _, _, after in jobs] == ["", *(job for _, job, _ in jobs[:-1])]
+    assert calls(stubs, "^sbatch .*--test-only") <= 6, Path(stubs["CALLS"]).read_text()
+    assert calls(stubs, "^sbatch .*--parsable") == 6
+    assert calls(stubs, "^scontrol show config") <= 1
+    assert calls(stubs, "^squeue") <= 2
+    assert calls(stubs, "^bash") <= 20
+
+
+def test_a_dry_run_asks_nothing_of_slurm(checkout, stubs):
+    result = launch(checkout, "pipeline", CLUSTER="slurm", RUN="x", DRY_RUN="1", **stubs)
+    assert result.returncode == 0, result.stderr
+    assert calls(stubs, "^(sbatch|squeue|scontrol)") == 0, Path(stubs["CALLS"]).read_text()
+    assert not (checkout.parent / "runs").exists(), "a dry run must write nothing"
+
+
+@pytest.mark.parametrize("value", ["0", "", "1"])
+def test_dry_run_means_one_thing(checkout, tmp_path, value):
+    """DRY_RUN=0 is no dry run: it used to submit without the checks that a real launch has."""
+    tools = tmp_path / "tools"  # a PATH without Slurm
+    tools.mkdir()
+    for name in ("bash", "env"):
+        (tools / name).symlink_to(shutil.which(name))
+    result = launch(checkout, "data", CLUSTER="slurm", RUN="x", DRY_RUN=value, PATH=str(tools))
+    assert result.returncode == (0 if value == "1" else 64), result.stderr
+    assert ("sbatch: not on PATH" in result.stderr) == (value != "1")
+
+
+@pytest.mark.parametrize("cluster", ["local", "slurm"])
+def test_a_new_stage_touches_no_launcher_module(checkout, cluster):
+    """A row in the table, a script, a config and, for Slurm, a header file are enough."""
+    table = checkout / "scripts/run/stages.py"
+    row = '    StageRow("distil", ("sets", "model"), "model", ranks=True, in_line=False),\n)\n\n\n'
+    table.write_text(table.read_text().replace(")\n\n\ndef row", f"{row}def row", 1))
+    (checkout / "scripts/distil.py").write_text("")
+    (checkout / "configs/distil").mkdir()
+    (checkout / "configs/distil/debug.yaml").write_text("recipe: knowledge_distillation\n")
+    shutil.copy(checkout / "slurm/align.sbatch", checkout / "slurm/distil.sbatch")
+    model, sets = checkout.parent / "runs/x/align", checkout.parent / "runs/x/data/sets"
+    sets.mkdir(parents=True)
+    (sets / "data.json").write_text("{}")
+    (model / "model").mkdir(parents=True)
+    options = {"CLUSTER": cluster, "RUN": "x", "DATA": str(sets), "GPUS": "2", "DRY_RUN": "1"}
+    result = launch(checkout, "distil", **options)
+    assert result.returncode == 64, "its input model is empty, and is looked at"
+    assert "distil needs a model" in result.stderr
+    (model / "stage.json").write_text('{"status": "done"}')
+    result = launch(checkout, "distil", **options)
+    assert f"{model / 'model'}: no config.json" in result.stderr
+    assert "distil" in launch(checkout, "status", RUN="x").stdout
+    assert "distil" not in launch(checkout, "pipeline", **{**options, "DATA": ""}).stdout
+    assert "distil_ARGS".upper() in launch(checkout, "pipeline", ARGS="x").stderr
+
+
+@pytest.mark.parametrize("stage", ["data", "evaluate", "deploy"])
+@pytest.mark.parametrize(("name", "value"), [("GPUS", "8"), ("NODES", "2")])
+def test_nodes_and_gpus_are_refused_where_they_do_nothing(checkout, stage, name, value):
+    result = launch(checkout, stage, CLUSTER="slurm", DRY_RUN="1", **{name: value})
+    assert result.returncode == 64
+    assert f"{name}={value}: {stage} is one process on one node" in result.stderr
