@@ -75,8 +75,8 @@ setup: .venv/installed ## Install .venv from the lock (every target does it by i
 	@PYTHON=$(PYTHON) sh requirements/install.sh
 test: .venv/installed ## The fast tests
 	@$(TEST) -m "not slow" tests
-test-all: test ## Every test, the whole line included
-	@$(TEST) -n 2 --durations=12 -m slow tests
+test-all: .venv/installed ## Every test, the whole line included, two at a time
+	@$(TEST) -n 2 --durations=12 tests
 test-slurm: .venv/installed ## The Slurm tests, on their own Slurm; RELAY_SLURM=site: on this one
 	@$(TEST) --durations=12 tests/test_slurm_text.py tests/test_slurm.py
 lint: .venv/installed ## ruff, mypy, shellcheck, vermin, sbatch headers

@@ -99,9 +99,18 @@ def until(condition, seconds=120):
     """Wait for something to be true; returns it."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
-        assert time.monotonic() < deadline, f"{seconds} s, and it did not come to that:\n{squeue()}"
+        assert time.monotonic() < deadline, (
+            f"{seconds} s, and it did not come to that:\n{squeue()}\n{cluster_errors()}"
+        )
         time.sleep(0.2)
     return found
+
+
+def cluster_errors():
+    """Return the last errors that this cluster's daemons logged."""
+    logs = sorted(Path(os.environ.get("SLURM_CONF", "")).parent.glob("slurm*.log"))
+    lines = [f"{log.name}: {line}" for log in logs for line in log.read_text().splitlines()[-200:]]
+    return "\n".join(line for line in lines if "error" in line)[-3000:]
 
 
 def assert_ends(lab, run, stage, *states, seconds=300):
@@ -415,7 +424,7 @@ def test_a_crash_loop_ends(own):
     assert_ends(own, "loop", "data", "FAILED")
     assert_restarts(own, "loop", "data", 4)
     output = said("loop", "data")
-    for words in ("5 faults without a new highest step", "FileExistsError"):
+    for words in ("5 faults in 5 attempts without a new highest step", "FileExistsError"):
         assert words in output, f"the job does not say {words!r}:\n{output[-3000:]}"
     assert_status("loop", "data", "data failed")
 
@@ -596,7 +605,7 @@ def test_nodes_on_one_address_and_a_queue_that_forgets(own, whole, tmp_path, mon
                 "ARGS": settings["ARGS"].replace(f"--training.steps {STEPS}", "--training.steps 8"),
             },
         )
-        until(lambda: finished(stage_dir("forgotten", "pretrain")))
+        until(lambda: finished(stage_dir("forgotten", "pretrain")), 300)
         number = job("forgotten", "pretrain")
         until(lambda: not other.state(number), 120)
         assert_status("forgotten", "pretrain", "done")

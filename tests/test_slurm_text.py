@@ -271,10 +271,16 @@ def test_time_limits_are_read_as_sbatch_reads_them(limit, seconds):
         ("DependencyNeverSatisfied", "pretrain", "job 7 never starts: a stage before it failed"),
         ("BeginTime", "", "job 7 starts again at 2026-01-01 10:00:00"),
         ("QOSMaxJobsPerUserLimit", "", "job 7 waits: QOSMaxJobsPerUserLimit"),
+        (
+            "launch failed requeued held",
+            "",
+            "job 7 held: its node could not start it; scontrol release 7",
+        ),
     ],
 )
 def test_a_queue_is_said_in_words(reason, after, words):
     row = {
+        "id": "7",
         "state": "PENDING",
         "reason": reason,
         "nodes": "4",

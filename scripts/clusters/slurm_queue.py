@@ -22,7 +22,8 @@ REASONS = {
     "BeginTime": "starts again at {start}",
     "JobHeldUser": "held; scontrol release {id}",
     "JobHeldAdmin": "held by an administrator",
-    "JobLaunchFailure": "held: its start failed; scontrol release {id}",
+    # what slurmctld writes in place of a code where a node's prolog or slurmstepd failed
+    "launch failed requeued held": "held: its node could not start it; scontrol release {id}",
     "PartitionTimeLimit": "never starts: --time is more than the partition allows",
     "PartitionNodeLimit": "never starts: {nodes} are more than the partition allows",
     "ReqNodeNotAvail": "waits for nodes that are down or reserved",
