@@ -83,7 +83,9 @@ def _logged(folder: Path) -> list[tuple[int, float, float]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
 
-    attempt = lambda path: int(path.relative_to(folder).parts[0].partition("-")[2])  # noqa: E731  clocks can go back
+    def attempt(path: Path) -> int:  # not the time in the name: clocks can go back
+        return int(path.relative_to(folder).parts[0].partition("-")[2])
+
     found = []
     for file in sorted(folder.rglob("events.out.tfevents.*"), key=attempt):
         events = EventAccumulator(

@@ -1,30 +1,39 @@
 #!/bin/sh
-# Makes .venv from the hash-locked files; make runs it. Safe to interrupt and to repeat: the mark is written last,
-# and every step finishes what an earlier one left.
-#   TORCH_CPU=1   take torch's smaller CPU build from TORCH_INDEX instead of the CUDA build (not hash-locked)
+# Makes .venv from the hash-locked files; make runs it. Safe to interrupt and to repeat: the mark
+# is written last, and every step finishes what an earlier one left.
+#   TORCH_CPU=1   take torch's smaller CPU build from TORCH_INDEX instead of the CUDA build (not
+#                 hash-locked)
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 index=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
 
 . ./versions.env
-"$python" -c "import sys, venv; sys.exit(sys.version_info[:2] < tuple(map(int, '$PYTHON_MINIMUM'.split('.'))))" 2>/dev/null || {
-  echo "error: $python is $("$python" --version 2>&1 || true); Python $PYTHON_MINIMUM or newer with venv is needed:" \
-    "PYTHON=python$PYTHON_MINIMUM make …" >&2
+enough="sys.version_info[:2] >= tuple(map(int, '$PYTHON_MINIMUM'.split('.')))"
+"$python" -c "import sys, venv; sys.exit(not $enough)" 2>/dev/null || {
+  echo "error: $python is $("$python" --version 2>&1 || true); Python $PYTHON_MINIMUM or newer" \
+    "with venv is needed: PYTHON=python$PYTHON_MINIMUM make …" >&2
   exit 64
 }
 if [ ! -e .venv/installed ]; then
-  echo "Installing .venv from requirements/*.lock, once: 3.4 GB to download, 7 GB on disk, two or three minutes on a fast line."
+  echo "Installing .venv from requirements/*.lock, once: 3.4 GB to download, 7 GB on disk," \
+    "two or three minutes on a fast line."
 fi
 rm -f .venv/installed
 .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv
-.venv/bin/python -m uv --version >/dev/null 2>&1 || .venv/bin/python -m pip install --quiet --require-hashes --requirement requirements/uv.lock
+.venv/bin/python -m uv --version >/dev/null 2>&1 ||
+  .venv/bin/python -m pip install --quiet --require-hashes --requirement requirements/uv.lock
+sync() {
+  .venv/bin/python -m uv pip sync --quiet --compile-bytecode --require-hashes "$@"
+}
 if [ -n "${TORCH_CPU:-}" ]; then
   # Everything but torch and the CUDA libraries by hash, then torch's CPU build of the same version.
-  awk '/^[a-z]/ { skip = /^(torch==|nvidia-|cuda-)/ } !skip' requirements/cpu.lock > .venv/cpu-without-torch.lock
-  .venv/bin/python -m uv pip sync --quiet --compile-bytecode --require-hashes .venv/cpu-without-torch.lock requirements/dev.lock
-  .venv/bin/python -m uv pip install --quiet --no-deps --index-url "$index" "$(sed -n 's/^\(torch==[0-9.]*\).*/\1/p' requirements/cpu.lock)"
+  awk '/^[a-z]/ { skip = /^(torch==|nvidia-|cuda-)/ } !skip' requirements/cpu.lock \
+    > .venv/cpu-without-torch.lock
+  sync .venv/cpu-without-torch.lock requirements/dev.lock
+  torch=$(sed -n 's/^\(torch==[0-9.]*\).*/\1/p' requirements/cpu.lock)
+  .venv/bin/python -m uv pip install --quiet --no-deps --index-url "$index" "$torch"
 else
-  .venv/bin/python -m uv pip sync --quiet --compile-bytecode --require-hashes requirements/cpu.lock requirements/dev.lock
+  sync requirements/cpu.lock requirements/dev.lock
 fi
 touch .venv/installed

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Resolves *.in into *.lock with hashes, for Python 3.11 and newer on Linux x86-64. `make lock`; needs uv on PATH or .venv.
+# Resolves *.in into *.lock with hashes, for Python 3.11 and newer on Linux x86-64: make lock.
+# Needs uv on PATH or in .venv.
 set -eu
 cd "$(dirname "$0")"
 uv=$(command -v uv || echo "../.venv/bin/uv")

@@ -149,6 +149,17 @@ def test_lines_fit_and_code_is_fenced(name):
         before = line.text
 
 
+def test_scripts_and_settings_fit():
+    """Ruff looks at Python's code alone; comments elsewhere grow past a screen unseen."""
+    written = (".env", ".in", ".sbatch", ".sh", ".toml", ".txt", ".yaml", ".yml")
+    for name in FILES:
+        if name.startswith("tests/golden/"):
+            continue
+        if name.endswith(written) or name in (".ci/run", "Makefile"):
+            for number, line in enumerate((ROOT / name).read_text().splitlines(), 1):
+                assert len(line) <= 100, f"{name}:{number}: {len(line)} columns"
+
+
 def test_the_table_of_stages_is_true():
     """README has a row for each stage of the stage table, and a column for each cluster."""
     rows = [line.text for line in lines("README.md") if re.match(r"\| `make ", line.text)]

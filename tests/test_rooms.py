@@ -1,5 +1,5 @@
-"""The rooms of scripts/: arrows run down only, nothing installed is needed before the job, stage and
-environment facts have one home each."""
+"""The rooms of scripts/: arrows run down only, nothing installed is needed before the job, and
+stages and the environment have one home each."""
 
 import ast
 import re

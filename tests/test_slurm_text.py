@@ -109,7 +109,8 @@ def test_pyxis(checkout):
         "--container-image=/shared/relay.sqsh --container-writable "
         "--container-mounts=/repo:/repo\\,/repo/runs:/repo/runs\\,/data:/data "
         "--container-workdir=/repo "
-        "--container-env=NCCL_DEBUG\\,NCCL_NET\\,PET_NNODES\\,PET_NPROC_PER_NODE\\,PET_RDZV_BACKEND\\,PET_RDZV_ENDPOINT\\,PET_RDZV_ID\\,"
+        "--container-env=NCCL_DEBUG\\,NCCL_NET\\,PET_NNODES\\,PET_NPROC_PER_NODE\\,"
+        "PET_RDZV_BACKEND\\,PET_RDZV_ENDPOINT\\,PET_RDZV_ID\\,"
         "RELAY_ADDRESS\\,RELAY_IMAGE\\,RELAY_JOB\\,RELAY_MOUNTS\\,RELAY_RUNTIME\\,RELAY_SRUN_FLAGS "
         "python3 -m scripts.pretrain runs/x/pretrain"
     )
