@@ -1,6 +1,6 @@
 """Align by direct preference optimisation with torchtune: FROM + preference.jsonl → model/.
 
-python -m scripts.align runs/<run>/align
+A cluster runs it: python -m scripts.align runs/<run>/align
 """
 
 from scripts.job.main import run

@@ -1,6 +1,6 @@
 """What configs name by `_component_`, for torchtune to look up; each is made in scripts/tools."""
 
 from scripts.tools.architecture import torchtune_lora_model, torchtune_model
-from scripts.tools.chat_tokenizer import ChatTokenizer
+from scripts.tools.torchtune_tokenizer import ChatTokenizer
 
 __all__ = ["ChatTokenizer", "torchtune_lora_model", "torchtune_model"]

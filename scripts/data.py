@@ -1,6 +1,6 @@
 """Make the sets that every later stage reads: DATA → sets/, with tokenizer and held-out sets.
 
-python -m scripts.data runs/<run>/data
+A cluster runs it: python -m scripts.data runs/<run>/data
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """Serve a model with vLLM's OpenAI API: FROM → http://BIND:PORT/v1, until it is stopped.
 
-python -m scripts.deploy runs/<run>/deploy
+A cluster runs it: python -m scripts.deploy runs/<run>/deploy
 """
 
 import threading
@@ -30,7 +30,7 @@ def main(stage: Parent) -> dict:
     address = stage.directory / "server.json"
     address.unlink(missing_ok=True)
     waiting = (stage, address, stage.digests.describe(model))
-    threading.Thread(target=vllm.announce, args=waiting, daemon=True).start()
+    threading.Thread(target=vllm.write_address, args=waiting, daemon=True).start()
     try:
         stage.ranks({**vllm.environment(), "VLLM_API_KEY": vllm.api_key(stage)})
     finally:

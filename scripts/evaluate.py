@@ -1,6 +1,6 @@
 """Evaluate a model with lm-eval and judge it: FROM + held-out sets → results/, verdict.json.
 
-python -m scripts.evaluate runs/<run>/evaluate
+A cluster runs it: python -m scripts.evaluate runs/<run>/evaluate
 """
 
 from scripts.job.main import run

@@ -1,6 +1,6 @@
 """Finetune on conversations with torchtune, full or LoRA: FROM + sft.jsonl → model/.
 
-python -m scripts.finetune runs/<run>/finetune
+A cluster runs it: python -m scripts.finetune runs/<run>/finetune
 """
 
 from scripts.job.main import run

@@ -1,6 +1,6 @@
 """Pretrain with torchtitan: text.jsonl + tokenizer → model/, from random weights or from FROM.
 
-python -m scripts.pretrain runs/<run>/pretrain
+A cluster runs it: python -m scripts.pretrain runs/<run>/pretrain
 """
 
 import shutil

@@ -1,4 +1,5 @@
-"""What every cluster must keep, and what each does with a stage that does not leave."""
+"""The interface that every cluster keeps, stages here that do not leave, and site.env in a dry
+run."""
 
 import inspect
 import os

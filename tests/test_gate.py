@@ -103,7 +103,7 @@ def test_a_model_that_was_edited_is_not_served(run, what):
         (
             "verdict.json",
             {"floors": [{"metric": "task/acc", "value": True, "min": 0.4, "passed": True}]},
-            "was not measured",
+            "task/acc was not measured",
         ),
         (
             "verdict.json",

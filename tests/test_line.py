@@ -15,7 +15,7 @@ import urllib.request
 import pytest
 
 from bench.measures import loss_curve, mcnemar_p, mean_and_error, metric, paired_t, samples
-from scripts.tools.chat_tokenizer import ChatTokenizer
+from scripts.tools.torchtune_tokenizer import ChatTokenizer
 from tests.support.launching import assert_refused, call_make, make
 from tests.support.logits import assert_same_logits, transformers_logits
 from tests.support.processes import memory

@@ -81,7 +81,7 @@ def test_torchtitan_cannot_tie(tmp_path):
 def test_the_template_renders_the_same_text_in_torchtune_and_transformers(born_here, prompt):
     from transformers import AutoTokenizer
 
-    from scripts.tools.chat_tokenizer import ChatTokenizer
+    from scripts.tools.torchtune_tokenizer import ChatTokenizer
 
     theirs = AutoTokenizer.from_pretrained(born_here)  # what lm-eval and vLLM call
     chat = CHAT[:-1] if prompt else CHAT
@@ -95,7 +95,7 @@ def test_only_answers_are_learned_and_the_tokens_are_those_of_serving(born_here)
     from torchtune.data import Message
     from transformers import AutoTokenizer
 
-    from scripts.tools.chat_tokenizer import ChatTokenizer
+    from scripts.tools.torchtune_tokenizer import ChatTokenizer
 
     tokenizer = ChatTokenizer(str(born_here))
     messages = [
@@ -113,7 +113,7 @@ def test_only_answers_are_learned_and_the_tokens_are_those_of_serving(born_here)
 def test_a_longer_conversation_is_refused_never_cut(born_here):
     from torchtune.data import Message
 
-    from scripts.tools.chat_tokenizer import ChatTokenizer
+    from scripts.tools.torchtune_tokenizer import ChatTokenizer
 
     with pytest.raises(InputError, match="longer than 16"):
         ChatTokenizer(str(born_here), max_seq_len=16).tokenize_messages(
@@ -124,7 +124,7 @@ def test_a_longer_conversation_is_refused_never_cut(born_here):
 def test_a_template_that_rewrites_history_is_refused(born_here, tmp_path):
     from torchtune.data import Message
 
-    from scripts.tools.chat_tokenizer import ChatTokenizer
+    from scripts.tools.torchtune_tokenizer import ChatTokenizer
 
     directory = shutil.copytree(born_here, tmp_path / "model")
     (directory / "chat_template.jinja").write_text(
@@ -139,7 +139,7 @@ def test_every_tokenizer_adds_one_bos_to_plain_text(born_here):
     from torchtitan.components.tokenizer import HuggingFaceTokenizer
     from transformers import AutoTokenizer
 
-    from scripts.tools.chat_tokenizer import ChatTokenizer
+    from scripts.tools.torchtune_tokenizer import ChatTokenizer
 
     ours = ChatTokenizer(str(born_here)).encode("a text", add_bos=True, add_eos=True)
     assert HuggingFaceTokenizer(str(born_here)).encode("a text", add_bos=True, add_eos=True) == ours

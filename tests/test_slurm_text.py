@@ -257,10 +257,19 @@ def test_secrets_stay_out_of_the_submission(checkout, model):
         ("1-12:30", 131400),
         ("2-00:00:00", 172800),
         ("UNLIMITED", float("inf")),
+        ("0", float("inf")),
     ],
 )
 def test_time_limits_are_read_as_sbatch_reads_them(limit, seconds):
-    assert slurm_site.seconds(limit) == seconds
+    assert slurm_site.limit_seconds(limit) == seconds
+
+
+@pytest.mark.parametrize(
+    "limit", ["", "-5", "x-1", "1:2:3:4", "1-1:2:3:4", "1:", "+5", "1.5", "1-"]
+)
+def test_what_sbatch_would_not_take_is_no_time_limit(limit):
+    with pytest.raises(ValueError, match=r"^$|\d"):
+        slurm_site.limit_seconds(limit)
 
 
 @pytest.mark.parametrize(

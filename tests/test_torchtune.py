@@ -13,7 +13,7 @@ from scripts.job.environment import JobEnvironment
 from scripts.run.errors import InputError
 from scripts.tools import patches
 from scripts.tools.torchtune import find_recipe, wrong_keys
-from scripts.tools.torchtune_keys import DISTRIBUTED, KEYS, SINGLE_DEVICE, STARTS_GROUP
+from scripts.tools.torchtune_config_keys import DISTRIBUTED, KEYS, SINGLE_DEVICE, STARTS_GROUP
 from tests.support.models import make_model
 from tests.support.runs import ROOT
 

@@ -86,7 +86,7 @@ class Site:
         signal = self.get("SBATCH_SIGNAL", lines.get("signal", ""))
         try:
             lead = int(signal.partition("@")[2] or "60")
-            if seconds(limit) > lead:
+            if limit_seconds(limit) > lead:
                 return []
         except ValueError:
             return [f"{file}: --time={limit} --signal={signal}: not as man sbatch has them"]
@@ -103,14 +103,16 @@ def header(stage: str) -> dict[str, str]:
     return dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)", text, re.M))
 
 
-def seconds(limit: str) -> float:
-    """Convert one of Slurm's ways to write a time limit (man sbatch, --time) to seconds.
+def limit_seconds(limit: str) -> float:
+    """Convert a time limit of Slurm (man sbatch, --time) to seconds; 0 means none: infinity.
 
-    Raises ValueError for anything else.
+    Raises ValueError for what sbatch would not take.
     """
     if limit.upper() in ("UNLIMITED", "INFINITE"):
         return float("inf")
     days, dash, rest = limit.rpartition("-")
+    if not re.fullmatch(r"\d+(:\d+){0,2}", rest) or (dash and not days.isdecimal()):
+        raise ValueError(limit)
     parts = [int(part) for part in rest.split(":")]
     if dash:
         hours, minutes, secs = [*parts, 0, 0][:3]
@@ -118,4 +120,4 @@ def seconds(limit: str) -> float:
         hours, minutes, secs = parts
     else:
         hours, (minutes, secs) = 0, [*parts, 0][:2]
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + secs
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + secs or float("inf")

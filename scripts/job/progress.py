@@ -69,7 +69,8 @@ class Progress:
             self.detail = f", {found}"
 
     def tick(self) -> None:
-        """Show how long the phase lasts: each second on a terminal, else every IN_A_LOG."""
+        """Show how long the phase lasts, if one is on. The parent calls it each second; where
+        output is no terminal, only one call in IN_A_LOG seconds prints."""
         with self.lock:
             now, terminal = time.monotonic(), sys.stdout.isatty()
             if not self.phase or (not terminal and now - self.shown < IN_A_LOG):

@@ -49,7 +49,7 @@ class Rank(Stage):
             tell(phase=name)
 
     def say(self, sentence: str) -> None:
-        """Show the user a sentence; it stays in the log, too."""
+        """Print a sentence to the user and to the log, from whichever rank calls it."""
         print(sentence, flush=True)
         tell(say=sentence)
 

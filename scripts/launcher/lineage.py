@@ -40,7 +40,8 @@ def _inputs(directory: Path) -> dict[str, Any]:
 
 
 class _Walk:
-    """Visit each stage once, and collect what does not fit."""
+    """Print a stage, its inputs and the stages that made those, each once; collect in `problems`
+    what has changed since it was recorded."""
 
     def __init__(self, digests: Digests):
         self.digests = digests
@@ -75,7 +76,7 @@ class _Walk:
             print(f"{'  ' * depth}  corpus {summary['corpus'][:23]}…  {summary['source']}")
 
     def _compare(self, who: str, path: Path, digest: str) -> None:
-        """Hold the files of an input or output against their digest of then, each once."""
+        """Compare a file or folder with its recorded digest, once; add a problem if it differs."""
         if path in self.compared or not path.exists():
             return  # what was removed since is named by its digest alone
         self.compared.add(path)

@@ -23,7 +23,7 @@ class Step:
     """Hold one stage of a plan."""
 
     submission: Submission
-    state: str  # done; queued; loading, serving, silent (a service); "": to be started
+    state: str  # done, queued, running; loading, serving, silent (a service); "": to be started
     job: Optional[Job]  # what a queue says of it
     mark: str  # of what was there when the plan was made, to see that another launcher was quicker
 
@@ -109,7 +109,7 @@ def _rows(options: Options) -> list[StageRow]:
 
 
 def _state(options: Options, submission: Submission, job: Optional[Job]) -> tuple[str, list[str]]:
-    """Return a stage's state, and why it cannot be started again."""
+    """Return a stage's state (Step.state), and the problems that keep it from being started."""
     directory, name = submission.directory, submission.row.name
     if finished(directory):
         return "done", []

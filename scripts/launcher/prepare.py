@@ -114,8 +114,8 @@ def _add_architecture(submission: Submission, model: str) -> list[str]:
 
 
 def _add_config(submission: Submission, model: str) -> list[str]:
-    """Freeze configs/<stage>/<model>.* into the submission as config.*; a stage that judges takes
-    its tasks and floors along."""
+    """Add a copy of configs/<stage>/<model>.* to the submission as config.*; for a stage that makes
+    a verdict its tasks and floors, too. Return what is missing."""
     stage, folder = submission.row.name, CONFIGS / submission.row.name
     files = [p for p in sorted(folder.glob(f"{model}.*")) if p.name.count(".") == 1]
     if not files:

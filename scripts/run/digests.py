@@ -46,10 +46,10 @@ class Digests:
         return str(known[-1])
 
     def of_tree(self, path: Path) -> str:
-        """Return "sha256:…" of a file, or of a directory: over the sorted lines
-        "<sha256>  <relative path>" of its files, so that
-        `cd DIR && find . -type f | sed 's,^./,,' | LC_ALL=C sort | xargs -d'\\n' sha256sum |
-        sha256sum` agrees."""
+        """Return "sha256:…" of a file, or of a directory: over the lines
+        "<sha256>  <relative path>" of its files, sorted by path, so that
+        `cd DIR && find -L . -type f | sed 's,^./,,' | LC_ALL=C sort | xargs -d'\\n' sha256sum |
+        sha256sum` agrees. A link counts as what it leads to."""
         before = dict(self.known)
         if path.is_dir():
             names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())

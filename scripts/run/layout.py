@@ -68,7 +68,8 @@ def as_fact(path: Path, runs: Path) -> str:
 
 
 def from_fact(fact: str, runs: Path) -> Path:
-    """Read a path that as_fact wrote."""
+    """Return the path that a fact or record names, as as_fact wrote it: "runs/…" is below `runs`,
+    any other relative path below the repository. It may not exist."""
     return runs / fact[len("runs/") :] if fact.startswith("runs/") else ROOT / fact
 
 

@@ -39,8 +39,8 @@ def venv_problems() -> list[str]:
 
 
 def disk_problems(directory: Path, need: float, what: str) -> list[str]:
-    """Tell whether `need` bytes fit where a stage's directory is or will be. Checkpoints that it
-    has already count as there."""
+    """Return a problem if `need` bytes do not fit on the disk where a stage's directory is or will
+    be; `what` names them. Checkpoints saved there already are part of the `need`."""
     files = (directory / "checkpoints").rglob("*")
     need -= sum(file.stat().st_size for file in files if file.is_file())
     while not directory.exists():

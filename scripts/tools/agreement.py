@@ -28,8 +28,8 @@ class Stop:
         self.group: Any = None
 
     def asked(self) -> bool:
-        """Tell whether to save and leave now. Call it on every rank between the same two steps:
-        rank 0 looks, and a broadcast makes all agree; over gloo, so that nobody waits for a GPU."""
+        """Tell every rank alike whether to save and exit now. Call it on all of them after the same
+        step: rank 0 looks for the stop file, and broadcasts the answer over gloo, not the GPUs."""
         asked = self.rank.sees_stop()
         if self.rank.environment.world == 1:
             return asked

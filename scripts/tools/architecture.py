@@ -103,10 +103,8 @@ def torchtitan_model_args(config_json: Path):
 
 
 def torchtune_model(model_dir: str):
-    """Build the model of a Hugging Face directory, for torchtune's `model._component_`.
-
-    Raises InputError, as torchtune_lora_model does.
-    """
+    """Build torchtune's model from a Hugging Face directory's config.json, without its weights, for
+    torchtune's `model._component_`. Raises InputError if torchtune cannot build it exactly."""
     builder, arguments = _torchtune(Path(model_dir))
     return builder(**arguments)
 
@@ -122,7 +120,8 @@ def torchtune_lora_model(
     use_dora: bool = False,
     quantize_base: bool = False,
 ):
-    """Build the same model with LoRA adapters; the arguments are torchtune's own."""
+    """Build what torchtune_model builds, with LoRA adapters; the other arguments are torchtune's.
+    Raises InputError likewise."""
     lora = {key: value for key, value in locals().items() if key != "model_dir"}
     builder, arguments = _torchtune(Path(model_dir), lora=True)
     return builder(**arguments, **lora)

@@ -1,4 +1,4 @@
-"""torchtitan around the pinned release: model and data registered, options checked, trainer run."""
+"""One rank of torchtitan: registers model and data, checks the options, trains, exports."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def _register(stage: Rank) -> None:
 
 
 def _report_progress(stage: Rank, trainer) -> None:
-    """Pass each logged step on to the parent, which shows it with the time left."""
+    """Wrap torchtitan's metrics.log, to report step, loss and speed to the parent as well."""
     metrics = trainer.metrics_processor
     upstream = metrics.log
 

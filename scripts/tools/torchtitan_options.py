@@ -61,7 +61,8 @@ CONVERTERS = ("linear.float8", "linear.mx", "grouped_mm.float8", "grouped_mm.mx"
 
 
 def problems(config: Any, world: int, on_cpu: bool) -> list[str]:
-    """Return what is wrong with the options of a JobConfig for `world` ranks, all at once."""
+    """List the options of a JobConfig that torchtitan accepts and then ignores, or does harm with,
+    for `world` ranks; more `on_cpu`."""
     found = []
     for name, (works, why) in {**WORKS, **(GPU_ALONE if on_cpu else {})}.items():
         value = attrgetter(name)(config)

@@ -18,15 +18,17 @@ from scripts.run.errors import InputError
 from scripts.run.files import read_json
 from scripts.run.modeldir import hand_over, problems, weight_files
 from scripts.tools.config_check import against_signature, unknown, wrong_type
-from scripts.tools.torchtune_keys import DISTRIBUTED, KEYS, SINGLE_DEVICE, STARTS_GROUP
+from scripts.tools.torchtune_config_keys import DISTRIBUTED, KEYS, SINGLE_DEVICE, STARTS_GROUP
 
 OWN_KEYS = {"recipe", "save_every_n_steps"}  # ours: the stock recipe, and how often it saves
 
 
 def main(stage: Parent) -> dict:
-    """Check that the input is whole, run the ranks, hand over the last epoch's weights.
+    """Check that the input model is whole, run the ranks, hand over the last epoch's weights
+    without adapter files.
 
-    Returns what goes into stage.json. Raises InputError.
+    Returns what goes into stage.json. Raises InputError, Stopped after a stop that was asked for,
+    RankFailed if a rank fails.
     """
     source, data = stage.path("FROM"), stage.path("DATA")
     found = problems(source)
@@ -226,7 +228,7 @@ TYPES: dict[str, Any] = {
 
 
 def _report_progress(stage: Rank, recipe) -> None:
-    """Pass each logged step on to the parent, which shows it with the time left."""
+    """Wrap the recipe's log_dict on rank 0, to report step, loss and speed to the parent, too."""
     total = recipe.total_epochs * recipe._steps_per_epoch
     stage.report(step=recipe.global_step, total=total)
     if not stage.first:

@@ -87,8 +87,11 @@ def serve(stage: Rank) -> None:
         raise
 
 
-def announce(stage: Parent, address: Path, model: dict) -> None:
-    """Write server.json as soon as /health answers."""
+def write_address(stage: Parent, address: Path, model: dict) -> None:
+    """Wait until /health answers, then write the server's address into the file `address`.
+
+    It waits without a limit: for a thread that ends with the stage.
+    """
     bind, port, began = stage.facts["BIND"], stage.facts["PORT"], time.monotonic()
     host = ALL_INTERFACES.get(bind, f"[{bind}]" if ":" in bind else bind)
     if bind in ALL_INTERFACES:

@@ -1,4 +1,4 @@
-"""The stock recipes of torchtune 0.6.1 and the keys that each reads.
+"""The stock recipes of torchtune 0.6.1 and the config keys that each reads.
 
 torchtune ignores a key that its recipe does not read: a misspelt one would train with the
 default. tests/test_torchtune.py compares every line here with the pinned source.
