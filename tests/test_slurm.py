@@ -590,10 +590,10 @@ def test_a_head_node_whose_name_does_not_resolve(own, tmp_path):
 # --- a cluster with other habits ---
 
 
-def test_nodes_on_one_address_and_a_queue_that_forgets(own, whole, tmp_path, monkeypatch):
+def test_nodes_on_one_address_and_a_queue_that_forgets(own, whole, tmp_path_factory, monkeypatch):
     """All nodes on one address; squeue and scontrol forget a finished job in seconds: the run
     directory is enough."""
-    other = Lab(tmp_path / "forgetful", nodes=2, one_address=True, min_job_age=2)
+    other = Lab(tmp_path_factory.mktemp("other"), nodes=2, one_address=True, min_job_age=2)
     other.up()
     monkeypatch.setenv("SLURM_CONF", str(other.conf))
     try:

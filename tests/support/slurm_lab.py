@@ -94,6 +94,8 @@ class Lab:
 
     def up(self) -> None:
         """Start everything and wait until all nodes are idle."""
+        socket_path = f"{self.folder}/spool.{self.names[-1]}/{self.names[-1]}_999.4294967291"
+        assert len(socket_path) < 108, f"{self.folder}: too long: no step starts (unix(7))"
         for name in ("state", "node-local", *(f"spool.{n}" for n in self.names)):
             (self.folder / name).mkdir(parents=True)
         self._munge()
