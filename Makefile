@@ -5,7 +5,8 @@ PYTHON  ?= python3
 MODEL   ?= debug
 CLUSTER ?= local
 OPTIONS := RUN MODEL CLUSTER NODES GPUS FROM DATA ARGS STAGE DRY_RUN FORCE BIND PORT API_KEY_FILE \
-  PROMPT RUNS PRETRAIN_ARGS FINETUNE_ARGS ALIGN_ARGS EVALUATE_ARGS DEPLOY_ARGS
+  PROMPT RUNS VALIDATION COLUMNS DATA_ARGS PRETRAIN_ARGS FINETUNE_ARGS ALIGN_ARGS EVALUATE_ARGS \
+  DEPLOY_ARGS
 # As they were given: make would read a $ in them as its own variable, and run a $(shell …).
 $(foreach name,$(OPTIONS),$(eval override $(name) := $$(value $(name))))
 export $(OPTIONS)
@@ -27,7 +28,8 @@ help: ## This help
 	  'RUN=name' 'the run (default: the model'"'"'s name); MODEL=debug NODES=1; CLUSTER=slurm' \
 	  'GPUS=1' 'processes on each node' \
 	  'RUNS=folder' 'where runs are (default: runs/ here); in every command of a run' \
-	  'DATA=file|folder' '.txt or .jsonl; default: the documentation inside this Python' \
+	  'DATA=file|folder|id' 'your data (docs/data.md); default: the documentation inside this Python' \
+  'VALIDATION= COLUMNS=' 'data: a share or a file to hold out; our=your names of columns' \
 	  'FROM=dir' 'start from this Hugging Face directory' \
 	  'ARGS="..."' 'arguments of the upstream tool; for pipeline: PRETRAIN_ARGS=… and so on' \
 	  'BIND= PORT= FORCE=1' 'deploy: address, port, serve without a verdict; API_KEY_FILE=…' \

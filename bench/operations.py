@@ -28,7 +28,7 @@ from scripts.run import attempts, files
 
 DEMO = RUNS / "demo"
 ROUNDS = int(os.environ.get("ROUNDS", "2"))
-SET = {"finetune": "sft.jsonl", "align": "preference.jsonl"}
+SET = {"finetune": "sft", "align": "preference"}
 
 
 def options(stage: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Align by direct preference optimisation with torchtune: FROM + preference.jsonl → model/.
+"""Align by direct preference optimisation with torchtune: FROM + preference/ → model/.
 
 A cluster runs it: python -m scripts.align runs/<run>/align
 """
@@ -7,4 +7,4 @@ from scripts.job.main import run
 from scripts.tools import torchtune
 
 if __name__ == "__main__":
-    run(torchtune.main, lambda rank: torchtune.train(rank, "preference.jsonl"))
+    run(torchtune.main, lambda rank: torchtune.train(rank, "preference"))

@@ -3,56 +3,50 @@
 A cluster runs it: python -m scripts.data runs/<run>/data
 """
 
-import hashlib
-import json
 import os
-import sys
+import shutil
+from pathlib import Path
 
-from scripts.corpus.sources import PYTHON, Corpus, read_corpus
-from scripts.corpus.splits import split
-from scripts.corpus.tokenizer import tokenize
+from scripts.corpus import recipe, table
+from scripts.corpus.python_docs import PYTHON
+from scripts.corpus.sets import Sets, Target
 from scripts.job.main import run
 from scripts.job.parent import Parent
 from scripts.run import files
+from scripts.run.layout import as_fact
 from scripts.tools.architecture import read_architecture
 
 
 def main(stage: Parent) -> dict:
-    """Read, split, train the tokenizer, write all sets, hand them over by one rename."""
-    source = None if stage.facts["DATA"] == PYTHON else stage.path("DATA")
-    sizes = read_architecture(stage.directory / "architecture.json")
-    stage.phase("reads the text")
-    corpus = read_corpus(source)
-    stage.phase("splits it into sets")
-    sets = split(corpus).sets
-    partial = stage.scratch("sets.partial")
-    partial.mkdir()
-    for name, rows in sets.items():
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (partial / name).write_text(text, encoding="utf-8")
-    questions = [row["messages"][-2]["content"] for row in sets["sft.jsonl"]]
-    stage.phase("trains the tokenizer")
-    manifest = {
-        "source": corpus.name,
-        "corpus": digest(corpus),
-        "python": sys.version.split()[0],
-        "rows": {name: len(rows) for name, rows in sets.items()},
-        "sample": min(questions, key=len),
-        **tokenize(sets, sizes, partial / "tokenizer"),
-    }
+    """Read the recipe, run its passes, hand the sets over by one rename."""
+    settings = recipe.read(stage.config, stage.arguments, stage.facts)
+    if stage.facts.get("DATA"):
+        settings.sources = [recipe.Source(str(source(stage)))]
+    if isinstance(settings.validation, str) and not settings.validation.startswith("hf://"):
+        settings.validation = str(stage.path("VALIDATION"))
+    model = stage.path("FROM") if "FROM" in stage.facts else None
+    config = model / "config.json" if model else stage.directory / "architecture.json"
+    sizes = read_architecture(config)
+    partial, final = stage.directory / "sets.partial", stage.directory / "sets"
+    sets = Sets(partial, settings, Target(model, sizes["vocab"], sizes["context"]), stage.phase)
+    manifest = sets.make()
     stage.phase("hands the sets over")
-    files.write_json(partial / "data.json", manifest)
-    final = stage.scratch("sets")
-    os.replace(partial, final)
+    files.write_json(partial / "out/data.json", manifest)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial / "out", final)
+    shutil.rmtree(partial)
+    (stage.directory / "derived.jsonl").unlink(missing_ok=True)
+    for line in table.lines(manifest, as_fact(final, stage.run.root)):
+        stage.shown.say(line)
     describe = stage.digests.describe
-    inputs = {"source": describe(source)} if source else {}
+    paths = [Path(s.path).expanduser() for s in settings.sources if s.path != PYTHON]
+    inputs = {f"source {n}": describe(p) for n, p in enumerate(paths, 1) if p.exists()}
     return {"inputs": inputs, "outputs": {"sets": describe(final)}, "summary": manifest}
 
 
-def digest(corpus: Corpus) -> str:
-    """Compute the digest of everything that a corpus holds, before any split."""
-    content = json.dumps(vars(corpus), ensure_ascii=False, sort_keys=True)
-    return "sha256:" + hashlib.sha256(content.encode()).hexdigest()
+def source(stage: Parent) -> str | Path:
+    """Return DATA as a recipe names a source: a path, or an id of the hub."""
+    return stage.facts["DATA"] if stage.facts["DATA"].startswith("hf://") else stage.path("DATA")
 
 
 if __name__ == "__main__":

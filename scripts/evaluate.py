@@ -3,6 +3,10 @@
 A cluster runs it: python -m scripts.evaluate runs/<run>/evaluate
 """
 
+import shutil
+import tempfile
+from pathlib import Path
+
 from scripts.job.main import run
 from scripts.job.parent import Parent
 from scripts.run import files, gate, modeldir, preflight
@@ -17,22 +21,28 @@ def main(stage: Parent) -> dict:
     found = modeldir.problems(source)
     if not found:
         found = preflight.memory_problems(modeldir.weight_bytes(source), "the weights")
-    floors = files.read_json(stage.directory / gate.FLOORS)
-    if not floors:
+    floors = files.read_json(stage.directory / gate.FLOORS) or {}
+    if not floors and "PARENT" not in stage.facts:
         mend = "without one no model passes; start from the ones in configs/evaluate"
         found.append(f"{stage.directory / gate.FLOORS}: names no floor; {mend}")
     if found:
         raise InputError(found)
     model = stage.digests.describe(source)
-    results = stage.scratch(lm_eval.RESULTS)
-    # The tasks name their files relative to the data directory, so one task serves every run.
-    stage.ranks({"HF_DATASETS_CACHE": str(stage.scratch("cache"))}, cwd=data)
+    results, parent = stage.scratch(lm_eval.RESULTS), stage.scratch(lm_eval.PARENT)
+    with tempfile.TemporaryDirectory() as folder:
+        # The tasks name their files relative to where lm-eval runs, so one task serves every run;
+        # and datasets takes [ ] * ? in a run's path for a pattern.
+        for file in data.glob("heldout_*.jsonl"):
+            shutil.copy(file, folder)
+        stage.ranks({"HF_DATASETS_CACHE": str(stage.scratch("cache"))}, cwd=Path(folder))
     stage.scratch("cache")
     if stage.digests.describe(source) != model:
         raise RuntimeError(f"{source} was changed while it was evaluated; run the same again")
-    verdict = gate.judge(gate.read_scores(next(results.rglob("results_*.json"))), floors)
-    content = {"model": model, "arguments": stage.arguments, **verdict}
-    files.write_json(stage.directory / gate.VERDICT, content)
+    tasks = sorted({name.split("/")[0] for name in floors})
+    empty = lm_eval.without_data(tasks, stage.directory / "tasks", data)
+    verdict = gate.conclude(results, parent, floors, empty)
+    content = {"model": model, "parent": stage.facts.get("PARENT"), "arguments": stage.arguments}
+    files.write_json(stage.directory / gate.VERDICT, {**content, **verdict})
     measured = [row for row in verdict["floors"] if row["value"] is not None]
     return {
         "inputs": {"model": model, "data": stage.digests.describe(data)},

@@ -1,4 +1,4 @@
-"""Finetune on conversations with torchtune, full or LoRA: FROM + sft.jsonl → model/.
+"""Finetune on conversations with torchtune, full or LoRA: FROM + sft/ → model/.
 
 A cluster runs it: python -m scripts.finetune runs/<run>/finetune
 """
@@ -7,4 +7,4 @@ from scripts.job.main import run
 from scripts.tools import torchtune
 
 if __name__ == "__main__":
-    run(torchtune.main, lambda rank: torchtune.train(rank, "sft.jsonl"))
+    run(torchtune.main, lambda rank: torchtune.train(rank, "sft"))

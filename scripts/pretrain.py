@@ -1,4 +1,4 @@
-"""Pretrain with torchtitan: text.jsonl + tokenizer → model/, from random weights or from FROM.
+"""Pretrain with torchtitan: text/ + tokenizer → model/, from random weights or from FROM.
 
 A cluster runs it: python -m scripts.pretrain runs/<run>/pretrain
 """
@@ -31,6 +31,8 @@ def main(stage: Parent) -> dict:
 def compose_assets(stage: Parent) -> Path:
     """Make the directory that a new model starts from: the run's architecture and the data's
     tokenizer. Raises InputError if they do not fit."""
+    if not (stage.path("DATA") / "tokenizer").exists():
+        raise InputError(f"{stage.path('DATA')}: made for a model's tokenizer; give that FROM=")
     assets = stage.scratch("assets")
     shutil.copytree(stage.path("DATA") / "tokenizer", assets)
     shutil.copyfile(stage.directory / "architecture.json", assets / "config.json")

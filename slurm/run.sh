@@ -3,6 +3,8 @@
 #   slurm/run.sh runs/<run>/<stage>       DRY_RUN=1 shows what it would start on each node
 set -euo pipefail
 directory=$1 stage=$(basename "$1") job=${SLURM_JOB_ID:-0} start=${SLURM_RESTART_COUNT:-0}
+# Of the shell that submitted: a stage with a RANK takes itself for a rank.
+unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT PYTHONPATH PYTHONHOME "${!PET_@}"
 set -a; . slurm/site.env >&2; set +a # what a site prints, a module's banner, is no line to paste
 refuse() { echo "error: $*" >&2; exit 64; } # 64 is never retried
 fact() { sed -n "s/^$1=//p" "$directory/stage.env"; }
@@ -47,9 +49,7 @@ case $RELAY_RUNTIME in
 esac
 launch+=("$python" -m "scripts.$stage" "$directory")
 if [ -n "${DRY_RUN:-}" ]; then printf '%q ' "${launch[@]}"; exit; fi
-
-rm -f "$directory/retry"
-"${launch[@]}" && exit 0 || code=$?
+rm -f "$directory/retry"; "${launch[@]}" && exit 0 || code=$?
 [ "$code" != 64 ] || exit 64
 # The script has left its word in time, `again` or `down`, and why: scripts/run/retry.py.
 read -r word why 2> /dev/null < "$directory/retry" || word=down why="no attempt began"

@@ -12,7 +12,7 @@ import pytest
 
 from scripts.clusters import local
 from scripts.clusters.catalog import CLUSTERS
-from scripts.clusters.interface import Cluster
+from scripts.clusters.interface import Cluster, child_environment, say_what_is_left_out
 from scripts.clusters.slurm_site import TOLD, Site
 from scripts.run import attempts
 from scripts.run.layout import Run
@@ -115,3 +115,19 @@ def test_a_comment_of_a_dry_run_is_one_line(name):
     assert site.problems == []
     assert site.told().isprintable()
     assert f'{name}="INFO\\ntouch /tmp/ran\\u001b[31m"' in site.told()
+
+
+def test_what_is_not_a_stages_stays_outside(capsys):
+    """A stage with another job's RANK takes itself for a rank; with another Python's path it
+    imports other modules."""
+    others = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "PET_NNODES", "RELAY_JOB"]
+    others += ["SLURM_JOB_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURMD_NODENAME", "PMIX_RANK"]
+    others += ["TORCHELASTIC_RUN_ID", "PYTHONPATH", "PYTHONHOME", "MAKEFLAGS", "DRY_RUN"]
+    ours = ["PATH", "HOME", "CUDA_VISIBLE_DEVICES", "SLURM_CONF", "SLURM_CLUSTERS", "NCCL_DEBUG"]
+    ours += ["SBATCH_PARTITION", "RELAY_RUNTIME", "RELAY_IMAGE", "RANKING", "OMP_NUM_THREADS"]
+    left = child_environment(dict.fromkeys(others + ours, "1"))
+    assert sorted(left) == sorted(ours)
+    say_what_is_left_out({"PYTHONPATH": "/other", "PATH": "/bin"})
+    assert "PYTHONPATH: not passed on" in capsys.readouterr().err
+    say_what_is_left_out({"PATH": "/bin"})
+    assert capsys.readouterr().err == ""

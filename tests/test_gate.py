@@ -131,7 +131,7 @@ def test_a_floor_that_was_taken_away_still_holds(run):
     write(evaluation / "floors.json", {"text/bits": {"max": 9.0}})
     assert "task/acc is 0.1000" in problems(run)[0]
     write(evaluation / "floors.json", {})
-    assert "names no floor" in problems(run)[0]
+    assert "task/acc is 0.1000" in problems(run)[0]
 
 
 def test_a_true_copy_may_be_served(run, tmp_path):

@@ -41,7 +41,16 @@ from tests.support.runs import ROOT
         ("pretrain", {"GPUS": "x"}, ["GPUS=x"]),
         ("pipeline", {"ARGS": "--training.steps 1"}, ["ARGS", "PRETRAIN_ARGS"]),
         ("pretrain", {"ARGS": "--x 'open"}, ["ARGS", "quotation"]),
-        ("data", {"ARGS": "--x"}, ["ARGS", "DATA="]),
+        ("data", {"ARGS": "--x"}, ["ARGS: --x: give key=value"]),
+        ("data", {"COLUMNS": "prompt"}, ["COLUMNS=prompt", "prompt=question"]),
+        ("data", {"COLUMNS": "80", "DATA": "/no/such"}, ["DATA=/no/such"]),
+        ("data", {"VALIDATION": "/no/such"}, ["VALIDATION=/no/such", "no such file"]),
+        ("data", {"DATA": "mine.yaml"}, ["DATA=mine.yaml: no such recipe"]),
+        (
+            "pipeline",
+            {"DATA": "owner/name"},
+            ["what it holds is seen when it is read", "make data"],
+        ),
         ("data", {"DATA": "/no/such.txt"}, ["DATA=/no/such.txt", "no such file"]),
         ("finetune", {"FROM": "/no/such", "DATA": "{sets}"}, ["/no/such", "no such directory"]),
         ("finetune", {"DATA": "{sets}"}, ["needs a model", "make pretrain", "FROM="]),
@@ -55,7 +64,7 @@ from tests.support.runs import ROOT
         ("lineage", {"RUN": "nothing"}, ["no such run"]),
         ("chat", {"RUN": "../x"}, ["RUN='../x'", "a-z"]),
         ("chat", {"RUN": "nothing"}, ["no such run"]),
-        ("data", {"DATA": "README.md"}, ["DATA=README.md", "nothing to read", ".jsonl"]),
+        ("data", {"DATA": "LICENSE"}, ["DATA=LICENSE", "not a file that can be read", ".jsonl"]),
         ("clean", {"RUN": "nothing", "DRY_RUN": "1"}, ["clean has no dry run", "make status"]),
         ("align", {"DRY_RUN": "1"}, ["align needs a model", "FROM="]),
     ],
@@ -114,6 +123,7 @@ def test_a_pipeline_starts_from_FROM_and_then_follows_on(model):
     out = dry_run("pipeline", {"RUN": "x", "FROM": str(model), "FORCE": "1"})
     inputs = [line.split("=")[1] for line in out.splitlines() if line.startswith("FROM=")]
     assert inputs == [
+        str(model),
         str(model),
         "runs/x/pretrain/model",
         "runs/x/finetune/model",

@@ -1,4 +1,4 @@
-"""The user's own data through the whole line: a text, and conversations."""
+"""The user's own data through the line: a text alone, and chats on a model of their own."""
 
 import json
 import re
@@ -7,37 +7,42 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.kills import unbroken
 from tests.support.launching import make
+from tests.support.runs import stage_dir
+from tests.support.sets import chats, write_rows
 
-SHORT = {
-    "PRETRAIN_ARGS": "--training.steps 150",
-    "FINETUNE_ARGS": "max_steps_per_epoch=40",
-    "ALIGN_ARGS": "max_steps_per_epoch=20",
-}
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("folder")]
 
 
 def test_a_users_own_text_goes_through_the_line(tmp_path):
-    """A megabyte of English: the descriptions of the packages installed here."""
+    """Half a megabyte of English: the descriptions of the packages installed here. It has no
+    conversations and no pairs, so two stages have nothing to do, and say so."""
     files = sorted(Path(sys.prefix).glob("lib/python3*/site-packages/*/METADATA"))
     prose = [file.read_text(errors="replace").split("\n\n", 1)[-1] for file in files]
-    book = tmp_path / "my book.txt"
-    book.write_text("\n\n".join(prose)[:1_000_000])
-    out = make("pipeline", RUN="book", DATA=str(book), PORT="8019", FORCE="1", **SHORT).stdout
+    book = tmp_path / "my book [v1].txt"
+    book.write_text("\n\n".join(prose)[:500_000])
+    steps = {"PRETRAIN_ARGS": "--training.steps 60", "FORCE": "1"}
+    out = make("pipeline", RUN="book", DATA=str(book), PORT="8019", **steps).stdout
     make("undeploy", RUN="book")
+    assert "finetune: left out; DATA has texts, finetune needs conversations" in out
+    assert "align: left out" in out
     assert "serving" in out, f"the model is not served:\n{out}"
-    assert re.search(r"answered \S", out), f"the served model gave no answer:\n{out}"
+    scores = json.loads((stage_dir("book", "evaluate") / "verdict.json").read_text())["scores"]
+    assert "relay_text/document_bits_per_byte" in scores
+    assert "relay_answers/loss" not in scores
 
 
-def test_a_users_own_conversations_go_through_the_line(tmp_path):
-
-    def row(a: int, b: int) -> str:
-        asked = {"role": "user", "content": f"What is {a} times {b}?"}
-        answered = {"role": "assistant", "content": f"{a} times {b} is exactly {a * b}."}
-        return json.dumps({"messages": [asked, answered]})
-
-    chats = tmp_path / "chats.jsonl"
-    chats.write_text("\n".join(row(a, b) for a in range(2, 62) for b in range(2, 52)))
-    out = make("pipeline", RUN="chats", DATA=str(chats), PORT="8020", FORCE="1", **SHORT).stdout
+def test_chats_on_a_model_of_ones_own_pass_the_gate(tmp_path):
+    """No pretrain, the model's own tokenizer, and a verdict against the model it began with."""
+    source = write_rows(tmp_path / "chats.jsonl", chats(2000))
+    given = {"FROM": str(unbroken("pretrain") / "model"), "DATA": str(source), "PORT": "8020"}
+    out = make("pipeline", RUN="chats", **given, FINETUNE_ARGS="max_steps_per_epoch=40").stdout
     make("undeploy", RUN="chats")
+    assert "pretrain: left out; DATA has conversations, pretrain needs texts" in out
     assert re.search(r"answered \S", out), f"the served model gave no answer:\n{out}"
+    verdict = json.loads((stage_dir("chats", "evaluate") / "verdict.json").read_text())
+    assert [row["metric"] for row in verdict["floors"]] == ["relay_answers/loss"]
+    assert verdict["passed"]
+    assert verdict["scores"]["relay_answers/loss"] < verdict["parent_scores"]["relay_answers/loss"]
+    assert verdict["errors"]["relay_answers/loss"] > 0

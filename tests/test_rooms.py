@@ -18,7 +18,7 @@ FILES = {
 ROOMS = {  # what each may import, beside itself
     "run": set(),
     "clusters": {"run"},
-    "launcher": {"clusters", "run"},
+    "launcher": {"clusters", "corpus", "run"},
     "launch": {"launcher", "clusters", "run"},
     "job": {"run"},
     "tools": {"corpus", "job", "run"},
@@ -117,6 +117,18 @@ def test_who_may_import_what_is_installed(module):
         assert foreign == set(), f"{module} imports {foreign}, which may not be installed there"
     if room(module) != "tools":
         assert not foreign & UPSTREAM, f"{module}: only tools/ imports {foreign & UPSTREAM}"
+
+
+def test_the_launcher_reaches_nothing_that_is_installed():
+    """Of corpus it may import what looks at first rows; nothing below may need a library."""
+    seen, left = set(), {m for m in FILES if room(m) in LAUNCHER_SIDE}
+    while left:
+        module = left.pop()
+        seen.add(module)
+        names = {name for name, _ in imports(module)}
+        foreign = {n.split(".")[0] for n in names} - {*sys.stdlib_module_names, "scripts"}
+        assert not foreign, f"{module} needs {foreign}, and the launcher imports it"
+        left |= {name for name in names if name in FILES} - seen
 
 
 @pytest.mark.parametrize("folder", ["run", "clusters", "launcher", "job", "tools", "corpus"])

@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 
-from scripts.corpus.tokenizer import render
 from scripts.run.errors import InputError
 from scripts.tools import architecture
 from tests.support.logits import assert_same_logits
@@ -87,8 +86,6 @@ def test_the_template_renders_the_same_text_in_torchtune_and_transformers(born_h
     chat = CHAT[:-1] if prompt else CHAT
     ours = ChatTokenizer(str(born_here)).render(chat, add_generation_prompt=prompt)
     assert ours == theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
-    if not prompt:
-        assert ours == render(chat)
 
 
 def test_only_answers_are_learned_and_the_tokens_are_those_of_serving(born_here):

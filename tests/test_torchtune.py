@@ -57,7 +57,7 @@ def tiny_config(recipe: str, source, output, **more):
     cfg.batch_size, cfg.epochs, cfg.max_steps_per_epoch = 2, 2, 2
     cfg.tokenizer |= {"path": str(source), "max_seq_len": 64}
     data = source / ("preference.jsonl" if recipe == "lora_dpo" else "sft.jsonl")
-    cfg.dataset |= {"data_files": str(data), "packed": False}
+    cfg.dataset |= {"data_files": [str(data)], "packed": False}
     if recipe == "lora_dpo":
         del cfg.dataset["packed"]
     cfg.model.model_dir = str(source)

@@ -3,6 +3,8 @@ one module that keeps it, one line in catalog.py, and its folder of files beside
 
 from __future__ import annotations
 
+import re
+import sys
 import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -113,8 +115,25 @@ class Cluster(ABC):
             return "silent"
 
 
+# What belongs to make (a make inside a stage would take it for its own, and a stage is no dry run),
+# to another job around this shell (a stage with a RANK would take itself for a rank), or to another
+# Python. Of Slurm's, what says where the cluster is stays.
+NOT_A_STAGES = re.compile(
+    r"ARGS|DRY_RUN|MAKEFLAGS|MAKELEVEL|MFLAGS|PYTHONPATH|PYTHONHOME"
+    r"|((LOCAL_|GROUP_|NODE_)?RANK|(LOCAL_|GROUP_)?WORLD_SIZE|MASTER_(ADDR|PORT)|ROLE_.*)"
+    r"|(PET|TORCHELASTIC|SRUN|PMI|PMIX|OMPI)_.*|RELAY_(JOB|ADDRESS|ATTEMPT)|SLURMD_.*"
+    r"|SLURM_(?!(CONF|CONF_SERVER|CLUSTERS|JWT|TIME_FORMAT)$).*"
+)
+
+
 def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment without what belongs to make: a make inside a stage would take it for
-    its own, and a stage is no dry run."""
-    own = ("ARGS", "DRY_RUN", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")
-    return {key: value for key, value in environment.items() if key not in own}
+    """Return the environment without what is not a stage's."""
+    return {key: value for key, value in environment.items() if not NOT_A_STAGES.fullmatch(key)}
+
+
+def say_what_is_left_out(environment: Mapping[str, str]) -> None:
+    """Tell the user of another Python's variables: with them a stage would import other modules."""
+    given = [name for name in ("PYTHONPATH", "PYTHONHOME") if environment.get(name)]
+    if given:
+        left = "not passed on: stages run on .venv alone"
+        print(f"{' and '.join(given)}: {left}", file=sys.stderr)

@@ -13,7 +13,13 @@ import time
 from pathlib import Path
 from typing import Optional
 
-from scripts.clusters.interface import Cluster, Job, Started, child_environment
+from scripts.clusters.interface import (
+    Cluster,
+    Job,
+    Started,
+    child_environment,
+    say_what_is_left_out,
+)
 from scripts.run import attempts, preflight
 from scripts.run.errors import InputError
 from scripts.run.layout import ROOT, Run, relative
@@ -51,6 +57,7 @@ class Local(Cluster):
         """Run the stage in the foreground and return its exit code; a service in the background
         until it answers."""
         submission.write(self.render(submission))
+        say_what_is_left_out(self.environment)
         variables, words = _command(submission)
         environment = {**child_environment(self.environment), **variables}
         if submission.row.serves:

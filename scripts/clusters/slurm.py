@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any, Optional
 
 from scripts.clusters.commands import ask
-from scripts.clusters.interface import Cluster, Job, Started, child_environment
+from scripts.clusters.interface import (
+    Cluster,
+    Job,
+    Started,
+    child_environment,
+    say_what_is_left_out,
+)
 from scripts.clusters.slurm_queue import UNREACHABLE, in_queue, queue, why_gone
 from scripts.clusters.slurm_site import SITE, Site
 from scripts.run import attempts, stages
@@ -120,6 +126,7 @@ class Slurm(Cluster):
         """Queue the stage and return its job. Raises InputError if Slurm refuses."""
         line = self._line(submission, after)
         submission.write(line)
+        say_what_is_left_out(self.environment)
         (submission.directory / "logs").mkdir(exist_ok=True)
         done = self._ask("bash", "-c", line, timeout=60)
         if done.returncode:

@@ -1,5 +1,7 @@
-"""The corpus: where text comes from, how it is split into sets, the tokenizer trained on it.
+"""The corpus: what is read, recognised, held out and written as sets (sets.py is its order).
 
-scripts.data imports this room, and scripts.tools.torchtune_tokenizer its template_from. It imports
-scripts.run, the standard library, tokenizers and jinja2.
+scripts.data imports this room; of scripts.tools chat.py and tokens.py may be imported, and of
+scripts.launcher preview.py and shapes.py, which need the standard library alone. The room imports
+scripts.run, and beside the standard library numpy, pyarrow, tokenizers, jinja2 and yaml; for the
+hub alone datasets.
 """

@@ -1,21 +1,12 @@
-"""The tokenizer and the chat template of models that are pretrained here.
-
-The template is the only place that says how a conversation becomes text; torchtune, lm-eval and
-vLLM all render it from the model directory, so training, evaluation and serving cannot disagree.
-"""
+"""The tokenizer and the chat template of models that are pretrained here."""
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from jinja2 import Template
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-from scripts.run.errors import InputError
 
 BOS, EOS, END_OF_TURN = "<|begin|>", "<|end_of_text|>", "<|end_of_turn|>"
 SPECIAL_TOKENS = [BOS, EOS, END_OF_TURN, "<|system|>", "<|user|>", "<|assistant|>"]
@@ -67,45 +58,3 @@ def train_tokenizer(
     }.items():
         (directory / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return tokenizer
-
-
-def render(conversation: list[dict]) -> str:
-    """Render a conversation by CHAT_TEMPLATE."""
-    return template_from(CHAT_TEMPLATE).render(
-        messages=conversation, bos_token=BOS, eos_token=EOS, add_generation_prompt=False
-    )
-
-
-@functools.lru_cache
-def template_from(source: str) -> Template:
-    """Compile a chat template with the settings of transformers and vLLM, in a sandbox: a
-    downloaded template may not run code."""
-    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(source)
-
-
-def tokenize(sets: dict[str, list[dict]], sizes: dict, directory: Path) -> dict:
-    """Train the tokenizer of a model of these `sizes` (tools/architecture.py) on the training
-    sets, into `directory`.
-
-    Returns {"tokens": of the pretraining text, "vocabulary": entries}. Raises InputError naming
-    conversations that are longer than the model's context (the first 20).
-    """
-    documents = [row["text"] for row in sets["text.jsonl"]]
-    turns = [turn["content"] for row in sets["sft.jsonl"] for turn in row["messages"]]
-    tokenizer = train_tokenizer(documents + turns, sizes["vocab"], sizes["context"], directory)
-    chats = [row["messages"] for row in sets["sft.jsonl"]]
-    chats += [row[side] for row in sets["preference.jsonl"] for side in ("chosen", "rejected")]
-    texts = [render(chat) for chat in chats]
-    lengths = [len(e.ids) for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
-    long = [(length, chat) for length, chat in zip(lengths, chats) if length > sizes["context"]]
-    if long:
-        raise InputError(
-            f"a conversation of {length} tokens is longer than the model's context of "
-            f"{sizes['context']}; shorten or remove the one that begins "
-            f"{chat[0]['content'][:60]!r}"
-            for length, chat in long[:20]
-        )
-    tokens = sum(
-        len(e.ids) + 1 for e in tokenizer.encode_batch(documents)
-    )  # + 1: the end of each document
-    return {"tokens": tokens, "vocabulary": tokenizer.get_vocab_size()}

@@ -90,11 +90,17 @@ class Parent(Stage):
 
     # --- progress
 
-    def phase(self, name: str) -> None:
+    def phase(self, name: str, detail: str = "") -> None:
         """Show and record what the stage does from now on, for example "loads the model"; "" for
-        a phase that needs no clock."""
-        self.shown.enter(name)
-        said = {"name": name, "since": time.time(), "attempt": self.attempt_number}
+        a phase that needs no clock. The same phase again shows how far it is: `detail`."""
+        if name != self.shown.phase:
+            self.shown.enter(name)
+        self.shown.detail = f", {detail}" if detail else ""
+        said = {
+            "name": name + self.shown.detail,
+            "since": time.time(),
+            "attempt": self.attempt_number,
+        }
         self._record(said if name else None)
 
     def _steps(self, said: dict[str, Any]) -> None:

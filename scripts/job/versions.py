@@ -32,13 +32,14 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """Return the repository's commit, with + if tracked files differ; "" outside a checkout."""
+    """Return the repository's commit, with + if tracked files differ; "" outside a checkout, and
+    "not readable" where git asks for safe.directory: the checkout is another user's."""
 
     def git(*words: str) -> subprocess.CompletedProcess:
         return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
 
     commit = git("rev-parse", "HEAD")
     if commit.returncode:
-        return ""
+        return "not readable" if "dubious ownership" in commit.stderr else ""
     changed = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
     return commit.stdout.strip() + ("+" if changed else "")

@@ -81,10 +81,12 @@ def chat(options: Options) -> int:
 
 
 def sample(run: Run, cluster: Cluster) -> int:
-    """Ask the served model the sample question of its data and print the answer. Returns an exit
-    code."""
+    """Ask the served model the sample question of its data, if it has one, and print the answer.
+    Returns an exit code."""
     facts = read_env(run.stage(stages.maker("verdict").name) / "stage.env")
     data: Path = from_fact(facts["DATA"], run.root)
     question = read_json(data / "data.json")["sample"]
+    if not question:
+        return DONE
     print(f"\nasked    {question}\nanswered ", end="")
     return ask(Server(run, cluster), [{"role": "user", "content": question}])[0]

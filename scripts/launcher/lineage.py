@@ -73,7 +73,8 @@ class _Walk:
                 self._compare(f"{relative(directory)} made", path, item["digest"])
         if record and row(directory.name).makes == "sets":
             summary = record["summary"]
-            print(f"{'  ' * depth}  corpus {summary['corpus'][:23]}…  {summary['source']}")
+            digest = f"{summary['corpus'][:23]}…  " if summary["corpus"] else ""
+            print(f"{'  ' * depth}  corpus {digest}{summary['source']}")
 
     def _compare(self, who: str, path: Path, digest: str) -> None:
         """Compare a file or folder with its recorded digest, once; add a problem if it differs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ class Options:
     gpus: int = 1
     args: Mapping[str, list[str]] = field(default_factory=dict)  # by stage
     data: str = ""
+    validation: str = ""
+    columns: str = ""
     from_: str = ""  # FROM
     stage: str = ""
     bind: str = ""
@@ -79,6 +82,7 @@ def read(verb: str, env: Mapping[str, str]) -> Options:
     if given.text("ARGS") and verb == PIPELINE:
         each = " ".join(f"{r.name.upper()}_ARGS" for r in stages.TABLE if r.has_config)
         found.append(f"ARGS: which stage of the pipeline? Use {each} instead")
+    columns = given.columns()
     found += given.problems
     if found:
         raise InputError(found)
@@ -91,6 +95,8 @@ def read(verb: str, env: Mapping[str, str]) -> Options:
         gpus=gpus,
         args=args,
         data=given.path("DATA"),
+        validation=given.path("VALIDATION"),
+        columns=columns,
         from_=given.path("FROM"),
         stage=stage,
         bind=given.text("BIND", CLUSTERS[cluster].listens),
@@ -126,6 +132,15 @@ class _Given:
         self.problems.append(f"{name}={text}: give a whole number of at least 1, as {name}=2")
         return 1
 
+    def columns(self) -> str:
+        text = self.text("COLUMNS")
+        if text.isdecimal():  # a shell's, of its terminal
+            return ""
+        if text and not re.fullmatch(r"\s*\w+=[^,=]+(,\s*\w+=[^,=]+)*", text):
+            example = 'COLUMNS="prompt=question,chosen=best"'
+            self.problems.append(f"COLUMNS={text}: give our names with yours, as {example}")
+        return text
+
     def arguments(self, row: StageRow) -> list[str]:
         text = self.env.get(f"{row.name.upper()}_ARGS", "")
         text = text or (self.env.get("ARGS", "") if row.name == self.verb else "")
@@ -139,8 +154,9 @@ class _Given:
 def _model_problems(verb: str, model: str) -> list[str]:
     configs = {
         p.stem
-        for stage in stages.names()
-        for p in (CONFIGS / stage).glob("*.*")
+        for row in stages.TABLE
+        if "corpus" not in row.reads  # its configs are named by recipe
+        for p in (CONFIGS / row.name).glob("*.*")
         if p.name.count(".") == 1
     }
     known = sorted(configs | folder_names(CONFIGS / "models"))

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Optional
 
 from scripts.clusters.interface import Cluster, Job
+from scripts.launcher import sources
 from scripts.launcher.options import PIPELINE, Options
-from scripts.launcher.prepare import prepare, prepared_data
+from scripts.launcher.prepare import prepare
 from scripts.run import attempts, stages
 from scripts.run.errors import InputError
 from scripts.run.layout import Run, finished, relative
@@ -40,6 +41,7 @@ class Plan:
 
     steps: list[Step]
     under_way: dict[str, str]
+    left_out: list[str]  # sentences about the stages that DATA has nothing for
 
     def after(self, step: Step) -> str:
         """Return the job that a step waits for: the last one before it, which has the others
@@ -53,7 +55,7 @@ def plan(options: Options) -> Plan:
     """Decide what a command does. Raises InputError with every problem that can be seen before
     anything starts."""
     jobs = jobs_of(options.run, options.clusters)
-    rows = _rows(options)
+    rows, left_out = _rows(options)
     under_way = {
         name: job.id for name, job in jobs.items() if job.active and job.cluster == options.cluster
     }
@@ -65,14 +67,14 @@ def plan(options: Options) -> Plan:
         job = jobs.get(row.name)
         if finished(submission.directory):
             problems = []  # it needs no more disk and no input, but must be what is asked for
-        found += problems or _other_settings(submission)
+        found += problems or _other_settings(submission, options.dry_run)
         state, problems = _state(options, submission, job)
         found += problems
         steps.append(Step(submission, state, job, mark(submission.directory)))
     found += _cluster_problems(options, steps) if not found else []
     if found:
-        raise InputError(dict.fromkeys(found))
-    return Plan(steps, under_way)
+        raise InputError(dict.fromkeys([*found, *left_out]))
+    return Plan(steps, under_way, left_out)
 
 
 def jobs_of(run: Run, clusters: Mapping[str, Cluster]) -> dict[str, Job]:
@@ -95,17 +97,26 @@ def mark(directory: Path) -> str:
     return f"{text}{len(attempts.history(directory))}"
 
 
-def _rows(options: Options) -> list[StageRow]:
+def _rows(options: Options) -> tuple[list[StageRow], list[str]]:
     """Return the stages of a command, in order: the one that prepares data, too, where it is
-    needed first."""
-    data, prepared = stages.maker("sets"), prepared_data(options)
+    needed first; of a pipeline those that DATA has rows for, and sentences about the others.
+
+    Raises InputError.
+    """
+    data, prepared = stages.maker("sets"), sources.prepared(options)
     if options.verb == PIPELINE:
-        return [r for r in stages.TABLE if r.in_line and not (r == data and prepared)]
+        rows = [r for r in stages.TABLE if r.in_line and not (r == data and prepared)]
+        kinds = sources.kinds(options)
+        if kinds is None:
+            raise InputError(sources.unseen(options))
+        out = [r for r in rows if r.trains_on and r.trains_on not in kinds]
+        said = [f"{r.name}: left out; {sources.lacks(options, r, kinds)}" for r in out]
+        return [r for r in rows if r not in out], said
     row = stages.row(options.verb)
     needs = "sets" in row.reads and not prepared
     if needs and (options.data or not finished(options.run.stage(data.name))):
-        return [data, row]
-    return [row]
+        return [data, row], []
+    return [row], []
 
 
 def _state(options: Options, submission: Submission, job: Optional[Job]) -> tuple[str, list[str]]:
@@ -128,14 +139,17 @@ def _state(options: Options, submission: Submission, job: Optional[Job]) -> tupl
     return state, []
 
 
-def _other_settings(submission: Submission) -> list[str]:
+def _other_settings(submission: Submission, dry_run: bool) -> list[str]:
     """List how a stage that has results, or serves, was submitted otherwise. A stage that has saved
     nothing yet may be tried again with other settings."""
     directory, row = submission.directory, submission.row
-    has_results = finished(directory) or (directory / "checkpoints").exists()
+    record = finished(directory)
+    has_results = record or (directory / "checkpoints").exists()
     if not has_results and not (row.serves and attempts.running(directory)):
         return []
     changed = submission.differences()
+    if record and "corpus" in row.reads and not changed:
+        changed = sources.changed(submission.run, record, dry_run)
     if not changed:
         return []
     run = submission.run.name

@@ -6,12 +6,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Optional
 
+from scripts.launcher import sources
 from scripts.launcher.options import CONFIGS, PIPELINE, Options
 from scripts.run import gate, modeldir, preflight, stages
 from scripts.run.digests import Digests
 from scripts.run.errors import InputError
-from scripts.run.files import dump_json, format_env, read_json
-from scripts.run.layout import as_fact, finished, relative
+from scripts.run.files import dump_json, format_env, read_env, read_json
+from scripts.run.layout import as_fact, finished, from_fact, relative
 from scripts.run.stages import StageRow
 from scripts.run.submission import Submission
 
@@ -27,8 +28,8 @@ def prepare(
     submission = Submission(options.run.stage(row.name), *size)
     found: list[str] = []
     facts = {"MODEL": options.model, **_data_fact(options, row)}
-    if "corpus" in row.reads and options.data:
-        found += _corpus_problems(Path(options.data))
+    if "corpus" in row.reads:
+        found += sources.problems(options)
     model = _model_read(options, row, pending)
     if model:
         facts["FROM"] = as_fact(model, options.run.root)
@@ -42,10 +43,18 @@ def prepare(
             f"{row.name} needs a model: train one in this run (make {first} "
             f"RUN={options.run.name}), or give FROM=<Hugging Face directory>"
         )
-    if row.has_config:
+    if "corpus" in row.reads:
+        if sources.recipe(options).is_file():
+            submission.copy(sources.recipe(options), "config.yaml")
+    elif row.has_config:
         found += _add_config(submission, options.model)
-    elif options.args.get(row.name):
-        found.append(f"ARGS: {row.name} has no upstream tool to take them; DATA= names the source")
+    kinds = sources.kinds(options) if row.trains_on else None
+    if kinds is not None and row.trains_on not in kinds:
+        found.append(sources.lacks(options, row, kinds))
+    if row.makes == "verdict" and model:
+        parent = _parent(options, model)
+        if parent:
+            facts["PARENT"] = as_fact(parent, options.run.root)
     if row.serves:
         facts.update(BIND=options.bind, PORT=options.port)
         found += _service_problems(options, facts)
@@ -58,33 +67,15 @@ def prepare(
     return submission, found
 
 
-def prepared_data(options: Options) -> Optional[Path]:
-    """Return the sets that DATA names if it is prepared already: a data stage's directory, or its
-    sets/. None if DATA is a corpus or empty."""
-    for path in (Path(options.data), Path(options.data, "sets")) if options.data else ():
-        if (path / "data.json").exists():
-            return path
-    return None
-
-
 def _data_fact(options: Options, row: StageRow) -> dict[str, str]:
     """Return DATA as the stage reads it: the corpus, or the prepared sets."""
     if "corpus" in row.reads:
-        data = as_fact(Path(options.data), options.run.root) if options.data else "python"
-        return {"DATA": data}
+        return sources.facts(options)
     if "sets" not in row.reads:
         return {}
     maker = stages.maker("sets")
-    sets = prepared_data(options) or options.run.stage(maker.name) / maker.makes
+    sets = sources.prepared(options) or options.run.stage(maker.name) / maker.makes
     return {"DATA": as_fact(sets, options.run.root)}
-
-
-def _corpus_problems(path: Path) -> list[str]:
-    files = path.rglob("*") if path.is_dir() else [path]
-    if path.exists() and any(file.suffix in (".txt", ".jsonl") for file in files):
-        return []
-    what = "nothing to read there" if path.exists() else "no such file or folder"
-    return [f"DATA={path}: {what}; give a .txt or .jsonl file, or a folder of them"]
 
 
 def _model_read(options: Options, row: StageRow, pending: tuple[str, ...]) -> Optional[Path]:
@@ -93,14 +84,29 @@ def _model_read(options: Options, row: StageRow, pending: tuple[str, ...]) -> Op
     if "model" not in row.reads:
         return None
     models = stages.trained()
-    first = options.verb != PIPELINE or row.name == models[0]
-    if options.from_ and first:
+    if options.from_ and (options.verb != PIPELINE or not set(models) & set(pending)):
         return Path(options.from_)  # a pipeline starts from it; its later stages follow on
     before = [name for name in stages.before(row.name) if name in models]
     for name in reversed(before):
         if name in pending or finished(options.run.stage(name)):
             return options.run.stage(name) / "model"
     return None
+
+
+def _parent(options: Options, model: Path) -> Optional[Path]:
+    """Return the model that a run began with: FROM of the first stage that trained what is read
+    now. None for one born in the run, or one that the run only reads."""
+    if model.parent.parent != options.run.directory:
+        return None
+    if options.verb == PIPELINE and options.from_:
+        return Path(options.from_)
+    while model.parent.parent == options.run.directory:
+        facts = model.parent / "stage.env"
+        source = read_env(facts).get("FROM") if facts.exists() else None
+        if not source:
+            return None
+        model = from_fact(source, options.run.root)
+    return model
 
 
 def _add_architecture(submission: Submission, model: str) -> list[str]:

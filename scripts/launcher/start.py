@@ -20,6 +20,8 @@ def start(options: Options) -> int:
     """Start what a verb needs, stage by stage, going on from the first that is not done. Returns an
     exit code, the first that is not 0. Raises InputError before anything is started."""
     todo = plan(options)
+    for sentence in todo.left_out:
+        print(sentence, flush=True)
     for step in todo.steps:
         if options.verb == PIPELINE:
             print(f"\n== {step.row.name}", flush=True)
@@ -98,6 +100,8 @@ def show(options: Options) -> int:
     """Print a plan as a shell script for the repository that carries it out; touch nothing."""
     todo = plan(options)
     print("# what make would do, for a shell in the repository; all of it: … | bash -e\n")
+    for sentence in todo.left_out:
+        print(f"# {sentence}\n")
     for step in todo.steps:
         name = step.row.name
         if step.state == "done":

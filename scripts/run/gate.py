@@ -6,6 +6,7 @@ one model, by its digest, held against the floors. deploy serves no model withou
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ from scripts.run.layout import finished, relative
 from scripts.run.stages import maker
 
 VERDICT, FLOORS = "verdict.json", "floors.json"
+# What a model must not lose against the one that its run began with, and which way is better.
+WATCHED = {
+    "relay_text/document_bits_per_byte": "less",
+    "relay_answers/loss": "less",
+    "relay_preference/prefers_chosen": "more",
+    "relay_choice/acc": "more",
+}
+ERRORS = 2  # standard errors of a difference that may be chance
 
 
 def read_scores(results: Path) -> dict[str, float]:
@@ -25,6 +34,48 @@ def read_scores(results: Path) -> dict[str, float]:
         for metric, value in metrics.items()
         if isinstance(value, float) and "_stderr" not in metric
     }
+
+
+def read_errors(results: Path) -> dict[str, float]:
+    """Read {"task/metric": standard error} from an lm-eval results file, where it has one."""
+    return {
+        f"{task}/{metric.split(',')[0].removesuffix('_stderr')}": value
+        for task, metrics in read_json(results)["results"].items()
+        for metric, value in metrics.items()
+        if isinstance(value, float) and "_stderr" in metric
+    }
+
+
+def not_worse(parent: Path, results: Path) -> dict[str, dict[str, float]]:
+    """Return floors that say: not worse than the parent by more than ERRORS standard errors of the
+    difference. For the scores of WATCHED that both lm-eval results files have."""
+    before, now = read_scores(parent), read_scores(results)
+    errors = read_errors(parent), read_errors(results)
+    found = {}
+    for name, better in WATCHED.items():
+        if name in before and name in now:
+            leeway = ERRORS * math.hypot(*(error.get(name, 0.0) for error in errors))
+            if better == "less":
+                found[name] = {"max": before[name] + leeway}
+            else:
+                found[name] = {"min": before[name] - leeway}
+    return found
+
+
+def conclude(
+    results: Path, parent: Path, floors: dict[str, dict[str, float]], empty: list[str]
+) -> dict[str, Any]:
+    """Judge what lm-eval wrote below `results`, by the floors of tasks that are not `empty` (the
+    data has no rows for them) and, if it wrote anything below `parent`, by its parent's scores."""
+    now, before = (next(folder.rglob("results_*.json"), None) for folder in (results, parent))
+    if now is None:
+        raise FileNotFoundError(f"{results}: no results_*.json")
+    floors = {name: bound for name, bound in floors.items() if name.split("/")[0] not in empty}
+    found = {"without_data": empty, "errors": read_errors(now)}
+    if before:
+        floors = {**not_worse(before, now), **floors}
+        found["parent_scores"] = read_scores(before)
+    return {**found, **judge(read_scores(now), floors)}
 
 
 def judge(scores: dict[str, float], floors: dict[str, dict[str, float]]) -> dict[str, Any]:
@@ -85,9 +136,11 @@ def problems(evaluation: Path, model: Path, digests: Digests) -> list[str]:
 
 def _missed(evaluation: Path, verdict: dict[str, Any]) -> list[str]:
     floors, file = read_json(evaluation / FLOORS) or {}, relative(evaluation / FLOORS)
-    if not floors:
-        return [f"{file} names no floor, so nothing was judged"]
     rows = {row["metric"]: row for row in verdict["floors"]}
+    empty = verdict.get("without_data", [])  # tasks that DATA has no rows for
+    floors = {name: bound for name, bound in floors.items() if name.split("/")[0] not in empty}
+    if not floors and not rows:
+        return [f"{file} names no floor and there is no parent to compare with: nothing was judged"]
     scores = {name: row["value"] for name, row in rows.items()}
     missed = {name: _miss(scores.get(name), bound) for name, bound in floors.items()}
     for name, row in rows.items():  # a floor that was there when it was judged, and is no more

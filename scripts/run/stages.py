@@ -14,8 +14,9 @@ class StageRow(NamedTuple):
     makes: str  # "sets", "model", "verdict" or "service"
     ranks: bool = False  # starts NODES × GPUS ranks; any other stage is one process on one node
     from_scratch: bool = False  # needs no FROM: the architecture of MODEL is enough
-    has_config: bool = True  # runs an upstream tool, with a config and ARGS
+    has_config: bool = True  # has a config, and takes ARGS
     in_line: bool = True  # belongs to make pipeline
+    trains_on: str = ""  # the kind of rows in its sets: text, chat or pair
 
     @property
     def serves(self) -> bool:
@@ -24,10 +25,12 @@ class StageRow(NamedTuple):
 
 
 TABLE = (
-    StageRow("data", ("corpus",), "sets", from_scratch=True, has_config=False),
-    StageRow("pretrain", ("sets", "model"), "model", ranks=True, from_scratch=True),
-    StageRow("finetune", ("sets", "model"), "model", ranks=True),
-    StageRow("align", ("sets", "model"), "model", ranks=True),
+    StageRow("data", ("corpus", "model"), "sets", from_scratch=True),
+    StageRow(
+        "pretrain", ("sets", "model"), "model", ranks=True, from_scratch=True, trains_on="text"
+    ),
+    StageRow("finetune", ("sets", "model"), "model", ranks=True, trains_on="chat"),
+    StageRow("align", ("sets", "model"), "model", ranks=True, trains_on="pair"),
     StageRow("evaluate", ("sets", "model"), "verdict"),
     StageRow("deploy", ("model",), "service"),
 )

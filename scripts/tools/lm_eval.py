@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from scripts.run.errors import InputError
 from scripts.tools import patches
 from scripts.tools.config_check import against_dataclass
 
-RESULTS = "results"  # where in the stage's directory lm-eval writes
+RESULTS, PARENT = "results", "parent"  # where in the stage's directory lm-eval writes
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -29,8 +30,11 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def evaluate(rank: Rank) -> None:
-    """Run lm-eval's own command line on FROM, with the run's tasks. Raises InputError with every
-    unknown key and wrong type of its config at once."""
+    """Run lm-eval's own command line on FROM, with the run's tasks that DATA has rows for; then on
+    PARENT, the model that the run began with, if there is one.
+
+    Raises InputError with every unknown key and wrong type of its config at once.
+    """
     rank.phase("imports lm-eval")
     config, tasks = read_yaml(rank.config), rank.directory / "tasks"
     patches.lm_eval_without_bundled_tasks(config.get("tasks"), tasks)
@@ -41,17 +45,41 @@ def evaluate(rank: Rank) -> None:
     found = against_dataclass(EvaluatorConfig, config)
     if found:
         raise InputError([f"{rank.config}: {problem}" for problem in found])
-    # On the command line model_args replace the config's, so these carry both.
-    model = json.dumps({**config.get("model_args", {}), "pretrained": str(rank.path("FROM"))})
-    sys.argv = ["lm_eval", "run", "--config", str(rank.config), "--include_path", str(tasks)]
-    sys.argv += ["--output_path", str(rank.directory / RESULTS), "--log_samples"]
-    sys.argv += ["--model_args", model, *rank.arguments]
+    names = with_data(config.get("tasks") or [], tasks, rank.path("DATA"))
     upstream = evaluator.evaluate
+    for fact, folder, which in (("FROM", RESULTS, ""), ("PARENT", PARENT, "the parent ")):
+        if fact not in rank.facts:
+            continue
 
-    def evaluate_with_phase(*arguments: Any, **keywords: Any) -> Any:
-        rank.phase("evaluates")
-        return upstream(*arguments, **keywords)
+        def evaluate_with_phase(*arguments: Any, which: str = which, **keywords: Any) -> Any:
+            rank.phase(f"evaluates {which}".strip())
+            return upstream(*arguments, **keywords)
 
-    evaluator.evaluate = evaluate_with_phase  # called when the model is loaded
-    rank.phase("loads the model")
-    cli_evaluate()
+        evaluator.evaluate = evaluate_with_phase  # called when the model is loaded
+        rank.phase(f"loads {which or 'the '}model".replace("parent model", "parent"))
+        # On the command line model_args replace the config's, so these carry both.
+        model = json.dumps({**config.get("model_args", {}), "pretrained": str(rank.path(fact))})
+        sys.argv = ["lm_eval", "run", "--config", str(rank.config), "--include_path", str(tasks)]
+        sys.argv += ["--output_path", str(rank.directory / folder), "--log_samples"]
+        sys.argv += ["--tasks", ",".join(names), "--model_args", model, *rank.arguments]
+        cli_evaluate()
+
+
+def with_data(names: list[str], tasks: Path, data: Path) -> list[str]:
+    """Return the tasks that can be asked: not those of the run whose held-out file is empty or not
+    there. Raises InputError if none is left."""
+    found = [name for name in names if name not in without_data(names, tasks, data)]
+    if names and not found:
+        raise InputError(f"{data}: holds out nothing that {', '.join(names)} could ask")
+    return found
+
+
+def without_data(names: list[str], tasks: Path, data: Path) -> list[str]:
+    """Return the tasks of the run whose held-out file is empty or not there."""
+    found = []
+    for name in names:
+        text = (tasks / f"{name}.yaml").read_text() if (tasks / f"{name}.yaml").exists() else ""
+        file = re.search(r"data_files:.*?(\w+\.jsonl)", text)
+        if file and not ((data / file[1]).exists() and (data / file[1]).stat().st_size):
+            found.append(name)
+    return found

@@ -12,6 +12,7 @@ from scripts.run.files import read_json
 from scripts.tools import agreement, torchtitan_options
 from scripts.tools.checkpoints import misfit
 from scripts.tools.config_check import against_dataclass
+from scripts.tools.data_check import tokenizer_differs
 
 SPEC = "relay"  # the name under which the run's model and text are registered with torchtitan
 
@@ -23,7 +24,6 @@ def overrides(stage: Rank) -> list[str]:
         "model.flavor": SPEC,
         "model.hf_assets_path": str(_assets(stage)),
         "training.dataset": SPEC,
-        "training.dataset_path": str(stage.path("DATA") / "text.jsonl"),
         "job.dump_folder": str(stage.directory),
         "checkpoint.folder": "checkpoints",
         "metrics.save_tb_folder": f"metrics/attempt-{stage.attempt_number}",
@@ -70,7 +70,11 @@ def check(stage: Rank, config) -> None:
     world = stage.environment.world
     found = torchtitan_options.problems(config, world, not torch.accelerator.is_available())
     context = read_architecture(_assets(stage) / "config.json")["context"]
-    tokens = (read_json(stage.path("DATA") / "data.json") or {}).get("tokens", 0)
+    made = read_json(stage.path("DATA") / "data.json")
+    tokens = made["tokens"]
+    if not tokens:
+        found.append(f"{stage.path('DATA')}: holds no text to pretrain on; give DATA texts")
+    found += tokenizer_differs(made, _assets(stage))
     samples = config.training.local_batch_size * torchtitan_options.data_parallel(config, world)
     batch = config.training.seq_len * max(config.training.global_batch_size, samples)
     if tokens and tokens < batch:
@@ -226,23 +230,21 @@ def export(trainer, directory: Path) -> None:
 
 
 def _register(stage: Rank) -> None:
-    """Make torchtitan know the run's model and text under the name SPEC."""
-    from datasets import load_dataset
-    from torchtitan.hf_datasets import DatasetConfig
-    from torchtitan.hf_datasets.text_datasets import DATASETS
+    """Make torchtitan know the run's model and token shards under the name SPEC."""
     from torchtitan.models.llama3 import get_train_spec
     from torchtitan.protocols.train_spec import register_train_spec
 
     from scripts.tools.architecture import torchtitan_model_args
+    from scripts.tools.torchtitan_data import builder
 
-    model_args = torchtitan_model_args(_assets(stage) / "config.json")
-    spec = dataclasses.replace(get_train_spec(), model_args={SPEC: model_args})
-    register_train_spec(SPEC, spec)
-    DATASETS[SPEC] = DatasetConfig(
-        path="",
-        loader=lambda path: load_dataset("json", data_files=path, split="train"),
-        sample_processor=lambda sample: sample["text"],
+    data = stage.path("DATA")
+    vocabulary = read_json(data / "data.json")["vocabulary"]
+    spec = dataclasses.replace(
+        get_train_spec(),
+        model_args={SPEC: torchtitan_model_args(_assets(stage) / "config.json")},
+        build_dataloader_fn=builder(data / "text", vocabulary),
     )
+    register_train_spec(SPEC, spec)
 
 
 def _report_progress(stage: Rank, trainer) -> None:

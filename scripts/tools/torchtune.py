@@ -5,6 +5,7 @@ Finetune and align differ in their config and in the set they train on, nowhere 
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import inspect
 import sys
@@ -18,8 +19,11 @@ from scripts.run.errors import InputError
 from scripts.run.files import read_json
 from scripts.run.modeldir import hand_over, problems, weight_files
 from scripts.tools.config_check import against_signature, unknown, wrong_type
+from scripts.tools.data_check import tokenizer_differs
 from scripts.tools.torchtune_config_keys import DISTRIBUTED, KEYS, SINGLE_DEVICE, STARTS_GROUP
 
+WANTED = {"sft": "conversations to finetune on", "preference": "pairs of answers to align on"}
+KIND = {"sft": "chat", "preference": "pair"}  # data.json's words for what the folders hold
 OWN_KEYS = {"recipe", "save_every_n_steps"}  # ours: the stock recipe, and how often it saves
 
 
@@ -53,7 +57,7 @@ def main(stage: Parent) -> dict:
 def train(stage: Rank, dataset: str) -> None:
     """Do one rank's work: configuration, checks, the recipe.
 
-    `dataset` is the file of DATA to train on. Raises InputError, and Left when asked to stop.
+    `dataset` is the folder of DATA to train on. Raises InputError, and Left when asked to stop.
     """
     from scripts.tools import patches
 
@@ -67,7 +71,7 @@ def train(stage: Rank, dataset: str) -> None:
     cfg = load_config(stage, dataset)
     world = stage.environment.world
     recipe_class = find_recipe(cfg.recipe, world)
-    check(stage, cfg)
+    check(stage, cfg, dataset)
     if is_distributed(cfg.recipe, world) and cfg.recipe not in STARTS_GROUP:
         dist.init_process_group(get_distributed_backend(cfg.device))
     stage.phase("loads the model")
@@ -98,7 +102,12 @@ def load_config(stage: Rank, dataset: str):
         "checkpointer.output_dir": str(stage.directory / "checkpoints"),
         "model.model_dir": str(source),
         "tokenizer.path": str(source),
-        "dataset.data_files": str(stage.path("DATA") / dataset),
+        "tokenizer.max_seq_len": read_json(stage.path("DATA") / "data.json")["max_seq_len"],
+        # datasets takes [ ] * ? in a path for a pattern.
+        "dataset.data_files": [
+            glob.escape(str(path))
+            for path in sorted((stage.path("DATA") / dataset).glob("*.jsonl"))
+        ],
         "metric_logger.log_dir": str(
             stage.directory / "metrics" / f"attempt-{stage.attempt_number}"
         ),
@@ -147,18 +156,27 @@ def find_recipe(name: str, world: int) -> type:
     )
 
 
-def check(stage: Rank, cfg) -> None:
-    """Raise InputError with every wrong key, or else with all that the machine lacks."""
+def check(stage: Rank, cfg, dataset: str) -> None:
+    """Raise InputError with every wrong key, or else with all that data and machine lack."""
     found = [f"{stage.config}: {problem}" for problem in wrong_keys(cfg)]
     if found:
         raise InputError(found)  # what follows trusts types
-    rows = Path(cfg.dataset.data_files).read_text(encoding="utf-8").count("\n")
-    batch = cfg.batch_size * stage.environment.world
-    if rows < batch:
+    folder, made = stage.path("DATA"), read_json(stage.path("DATA") / "data.json")
+    rows, batch = made["rows"][dataset], cfg.batch_size * stage.environment.world
+    if not rows:
+        found.append(f"{folder}: holds no {WANTED[dataset]}; give DATA some")
+    elif rows < batch:
         found.append(
-            f"{cfg.dataset.data_files}: {rows} rows are less than one batch of {batch} "
+            f"{folder}/{dataset}: {rows} rows are less than one batch of {batch} "
             "(batch_size × processes); give more DATA, or a smaller batch_size"
         )
+    longest = made["lengths"][KIND[dataset]].get("most", 0)
+    if longest > (cfg.tokenizer.max_seq_len or longest):
+        found.append(
+            f"tokenizer.max_seq_len {cfg.tokenizer.max_seq_len}: the longest row of {folder} has "
+            f"{longest} tokens; prepare it so: make data ARGS=max_seq_len=…"
+        )
+    found += tokenizer_differs(made, stage.path("FROM"))
     found += _needs(stage, cfg)
     if found:
         raise InputError(found)

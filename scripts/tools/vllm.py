@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import secrets
 import socket
 import sys
+import tempfile
 import time
 import urllib.request
 from importlib import metadata
@@ -64,7 +66,7 @@ def serve(stage: Rank) -> None:
     os.register_at_fork(after_in_child=die_with_parent)
     flags = {
         "--config": str(stage.config),
-        "--model": str(stage.path("FROM")),
+        "--model": str(_without_pattern(stage.path("FROM"))),
         "--served-model-name": stage.run.name,
         "--host": stage.facts["BIND"],
         "--port": stage.facts["PORT"],
@@ -85,6 +87,16 @@ def serve(stage: Rank) -> None:
                 f"its words: {stage.log}"
             ) from None
         raise
+
+
+def _without_pattern(model: Path) -> Path:
+    """Return a path to a model's directory that glob, by which vLLM finds weights, takes for no
+    pattern: a link, where [ ] * or ? stand in the path."""
+    if not glob.has_magic(str(model)):
+        return model
+    link = Path(tempfile.mkdtemp(prefix="relay-model-"), "model")
+    link.symlink_to(model)
+    return link
 
 
 def write_address(stage: Parent, address: Path, model: dict) -> None:

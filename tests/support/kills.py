@@ -76,7 +76,10 @@ def options(run: str, stage: str, gpus: int = 1, **more: str) -> dict[str, str]:
         return {"RUN": run}
     source = {"FROM": str(unbroken(BEFORE[stage]) / "model")} if stage in BEFORE else {}
     given = {"RUN": run, "DATA": str(unbroken("data")), "GPUS": str(gpus)}
-    return {**given, "ARGS": ARGS.get(stage, ""), **source, **more}
+    arguments = ARGS.get(stage, "")
+    if stage == "pretrain" and gpus > 1:  # batches that a worker has read ahead are not done
+        arguments += " --training.dataloader.num_workers 2"
+    return {**given, "ARGS": arguments, **source, **more}
 
 
 @contextlib.contextmanager

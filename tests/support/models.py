@@ -48,7 +48,8 @@ def write_model(directory: Path) -> Path:
 def write_sets(directory: Path) -> Path:
     """Write a directory that passes for a data stage's sets, with nothing inside."""
     directory.mkdir()
-    (directory / "data.json").write_text("{}")
+    rows = {"text": 100, "sft": 100, "preference": 100}
+    (directory / "data.json").write_text(json.dumps({"rows": rows}))
     return directory
 
 
@@ -67,7 +68,7 @@ def make_model(directory, **changes):
     )
     texts = [
         (ROOT / "scripts" / name).read_text()
-        for name in ("corpus/sources.py", "corpus/splits.py", "job/stage.py")
+        for name in ("corpus/derive.py", "corpus/lines.py", "job/stage.py")
     ]
     train_tokenizer(texts, config["vocab_size"], config["max_position_embeddings"], directory)
     return directory

@@ -1,9 +1,9 @@
-"""How a corpus becomes training and held-out sets: split by sentence, so that nothing held out is
-ever trained on.
+"""How the demo makes every set out of one text: what it lacks is derived from what it has.
 
-What a corpus lacks is derived from what it has: conversations from neighbouring sentences of its
-documents, documents from its conversations, preferences from right answers against other answers.
-Every choice is made by hash or by a fixed seed: the same corpus gives the same bytes.
+Conversations come from neighbouring sentences of the documents, documents from the conversations,
+preferences from right answers against other answers; a small text is then split by sentence, so
+that nothing held out is ever trained on. Only a recipe with `derive: true` does so. Every choice is
+made by hash or by a fixed seed: the same corpus gives the same bytes.
 """
 
 from __future__ import annotations
@@ -11,14 +11,29 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from scripts.corpus.sources import Corpus, conversation
 from scripts.run.errors import InputError
 
 CHOICES = 4  # answers per multiple-choice question: chance is 1 / CHOICES
 KEY_WORDS = 4  # a sentence of fewer words is too common to hold out ("Return self.")
 MIN_HELD_OUT = 20  # questions below which an evaluation says nothing at all
+
+
+@dataclass
+class Corpus:
+    """Hold the material of one source. A conversation is a list of {"role", "content"} that ends
+    with the assistant; a preference is {"chosen": conversation, "rejected": conversation}."""
+
+    name: str
+    documents: list[str] = field(default_factory=list)
+    conversations: list[list[dict]] = field(default_factory=list)
+    preferences: list[dict] = field(default_factory=list)
+
+
+def conversation(question: str, answer: str) -> list[dict]:
+    """Make a conversation of one user turn and one assistant turn."""
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 @dataclass
@@ -118,6 +133,7 @@ def split(corpus: Corpus) -> Splits:
             "sft.jsonl": train_sft,
             "preference.jsonl": preferences,
             "heldout_text.jsonl": [{"text": d} for d in held_documents],
+            "heldout_sft.jsonl": [{"messages": conversation(*p)} for p in test_pairs],
             "heldout_choice.jsonl": choices,
             "heldout_preference.jsonl": held_preferences,
         },

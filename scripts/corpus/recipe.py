@@ -1,0 +1,118 @@
+"""The data recipe: what is read, what is held out and what is dropped (configs/data/<recipe>.yaml).
+
+What the run says comes first, then the recipe, then the user's key=value arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from scripts.run.errors import InputError
+
+
+@dataclass
+class Source:
+    """Name a file, a folder or a data set of the hub; `weight`: how often an epoch has each row."""
+
+    path: str
+    weight: float = 1.0
+
+
+@dataclass
+class Recipe:
+    """Hold the settings of one data stage; each key of the YAML file is one of these."""
+
+    sources: list[Source] = field(default_factory=list)
+    derive: bool = False  # make conversations, questions and preferences out of text
+    columns: dict[str, str] = field(default_factory=dict)  # our names: the files' names
+    validation: float | str = 0.02  # share of rows, or a file or folder
+    duplicates: str = "drop"
+    too_long: str = "drop"
+    max_seq_len: int | None = 2048  # tokens of a conversation; the model's context if it is less
+    bad_rows: str = "refuse"
+    max_dropped: float = 0.05
+    tokenizer_megabytes: float = 100.0  # of text that a tokenizer is trained on
+    seed: int = 0
+
+
+CHOICES = {
+    "duplicates": ("drop", "keep"),
+    "too_long": ("drop", "cut", "refuse"),
+    "bad_rows": ("refuse", "drop"),
+}
+SHARES = ("validation", "max_dropped")
+
+
+def read(file: Path, arguments: Sequence[str], facts: Mapping[str, str]) -> Recipe:
+    """Read a recipe, with the sources and settings that the command named.
+
+    Raises InputError with every problem at once.
+    """
+    try:
+        given = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise InputError(f"{file}: not YAML: {error}") from None
+    if not isinstance(given, dict):
+        raise InputError(f"{file}: must hold key: value lines")
+    found: list[str] = []
+    for word in arguments:
+        key, equals, value = word.lstrip("-").partition("=")
+        if not equals:
+            found.append(f"ARGS: {word}: give key=value, as too_long=cut")
+        given[key] = yaml.safe_load(value or "''")
+    if facts.get("VALIDATION"):
+        given["validation"] = yaml.safe_load(facts["VALIDATION"])
+    if facts.get("COLUMNS"):
+        pairs = [pair.partition("=") for pair in facts["COLUMNS"].split(",")]
+        given["columns"] = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+    known = {f.name: f for f in dataclasses.fields(Recipe)}
+    for key in set(given) - set(known):
+        near = difflib.get_close_matches(str(key), known, 1)
+        found.append(
+            f"{file.name}: {key}: no such key" + (f"; did you mean {near[0]}?" if near else "")
+        )
+        del given[key]
+    recipe = Recipe(**given)
+    found += _problems(recipe)
+    if found:
+        raise InputError(found)
+    return recipe
+
+
+def _problems(recipe: Recipe) -> list[str]:
+    """Check the values, and make Source out of what the YAML file says of each."""
+    found = []
+    for key, choices in CHOICES.items():
+        if getattr(recipe, key) not in choices:
+            found.append(f"{key}: {getattr(recipe, key)}: one of {', '.join(choices)}")
+    for key in SHARES:
+        value = getattr(recipe, key)
+        if not isinstance(value, (str, int, float)) or (
+            not isinstance(value, str) and not 0 <= value <= 1
+        ):
+            found.append(f"{key}: {value}: a share from 0 to 1")
+    if isinstance(recipe.max_dropped, str):
+        found.append(f"max_dropped: {recipe.max_dropped}: a share from 0 to 1")
+    if recipe.max_seq_len is not None and not (
+        isinstance(recipe.max_seq_len, int) and recipe.max_seq_len > 1
+    ):
+        found.append(f"max_seq_len: {recipe.max_seq_len}: a number of tokens")
+    sources: list[Any] = recipe.sources if isinstance(recipe.sources, list) else [recipe.sources]
+    recipe.sources = []
+    for source in sources:
+        source = {"path": source} if isinstance(source, str) else source
+        try:
+            made = Source(**source)
+            if not isinstance(made.path, str) or float(made.weight) <= 0:
+                raise ValueError
+            recipe.sources.append(Source(made.path, float(made.weight)))
+        except (TypeError, ValueError):
+            found.append(f"sources: {source}: give a path, or {{path: …, weight: above 0}}")
+    return found
