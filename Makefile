@@ -20,13 +20,21 @@ LAUNCHER := scripts/run scripts/clusters scripts/launcher
 .PHONY: help setup demo pipeline data pretrain finetune align evaluate deploy undeploy chat status \
   logs lineage stop cancel clean test test-all test-slurm lint lock golden
 
+# STEPS=50 would train with the default. Names with a _ may be a program's, as SBATCH_TIMELIMIT.
+UNKNOWN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
+UNKNOWN := $(foreach name,$(filter-out PYTHON LANES ROUNDS,$(UNKNOWN)),$(if $(findstring \
+  _,$(name)),,$(name)))
+$(if $(UNKNOWN),$(error $(UNKNOWN): no such variable; make help lists them, ARGS="…" passes on))
+
 help: ## This help
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
 	  /^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@printf '\nVariables\n'
 	@printf '  %-22s %s\n' \
-	  'RUN=name' 'the run (default: the model'"'"'s name); MODEL=debug NODES=1; CLUSTER=slurm' \
-	  'GPUS=1' 'processes on each node' \
+	  'RUN=name' 'the run (default: the name of MODEL)' \
+	  'MODEL=debug' 'which configs/<stage>/<name>.* are used; the weights are those of FROM' \
+	  'CLUSTER=local|slurm' 'where stages run' \
+	  'NODES=1 GPUS=1' 'nodes, and processes on each' \
 	  'RUNS=folder' 'where runs are (default: runs/ here); in every command of a run' \
 	  'DATA=file|folder|id' 'your data (docs/data.md); default: the documentation inside this Python' \
   'VALIDATION= COLUMNS=' 'data: a share or a file to hold out; our=your names of columns' \
@@ -72,7 +80,7 @@ clean: ## Remove the run, or one STAGE= of it
 	@$(LAUNCH) $@
 
 ##@ Development
-setup: .venv/installed ## Install .venv from the lock (every target does it by itself)
+setup: .venv/installed ## Install .venv from the lock (stages on this machine do it by themselves)
 .venv/installed: requirements/cpu.lock requirements/dev.lock requirements/install.sh
 	@PYTHON=$(PYTHON) sh requirements/install.sh
 test: .venv/installed ## The fast tests

@@ -119,6 +119,21 @@ def test_every_target_has_a_dry_run(verb, model):
     assert "stage.env" in out, f"the dry run of {verb} does not show stage.env:\n{out}"
 
 
+def test_data_for_a_model_needs_no_architecture_of_our_own(model):
+    """README's line for LoRA, whose MODEL has configs and no architecture."""
+    out = dry_run("finetune", {"RUN": "x", "FROM": str(model), "MODEL": "debug-lora"})
+    assert out.count(f"FROM={model}") == 2, "its data uses the model's tokenizer"
+
+
+def test_a_variable_that_make_does_not_know_is_refused():
+    words = ["make", "-s", "pretrain", "STEPS=50", "DRY_RUN=1"]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "STEPS: no such variable" in result.stderr
+    words[3:4] = ["SBATCH_TIMELIMIT=60", "RUN=x"]
+    assert subprocess.run(words, cwd=ROOT, capture_output=True).returncode == 0
+
+
 def test_a_pipeline_starts_from_FROM_and_then_follows_on(model):
     out = dry_run("pipeline", {"RUN": "x", "FROM": str(model), "FORCE": "1"})
     inputs = [line.split("=")[1] for line in out.splitlines() if line.startswith("FROM=")]

@@ -32,7 +32,7 @@ class Recipe:
     sources: list[Source] = field(default_factory=list)
     derive: bool = False  # make conversations, questions and preferences out of text
     columns: dict[str, str] = field(default_factory=dict)  # our names: the files' names
-    validation: float | str = 0.02  # share of rows, or a file or folder
+    validation: float | str = 0.01  # share of rows, or a file or folder
     duplicates: str = "drop"
     too_long: str = "drop"
     max_seq_len: int | None = 2048  # tokens of a conversation; the model's context if it is less

@@ -273,7 +273,7 @@ class Parent(Stage):
                 raise Stopped
         elif first and self.training:
             files.write_atomic(self.stop_file, "")
-            said = f"\n{self.name}: saving at the end of this step; once more to leave without\n"
+            said = f"\n{self.name}: saving at the end of this step; a second stop leaves unsaved\n"
             with contextlib.suppress(OSError):  # os.write: print may be at work below this handler
                 os.write(1, said.encode())
         elif first:

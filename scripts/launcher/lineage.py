@@ -57,7 +57,7 @@ class _Walk:
             record.get("git_commit", "")[:12],
             f"{directory.parent.name}/{directory.name}",
         )
-        print(f"{'  ' * depth}{name}  {when}  {commit}")
+        print(f"{'  ' * depth}{name}  {when}" + (f"  commit {commit}" if commit else ""))
         self.seen.add(directory)
         for key, item in sorted(_inputs(directory).items()):
             print(f"{'  ' * depth}  {key} {item['digest'][:23]}…  {item['path']}")

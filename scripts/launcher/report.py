@@ -22,7 +22,9 @@ def check_exists(run: Run) -> None:
     """Raise InputError naming the runs that there are, if this one is not among them."""
     if not run.directory.is_dir():
         known = ", ".join(sorted(folder_names(run.root))) or "none"
-        raise InputError(f"RUN={run.name}: no such run under {run.root}; there are: {known}")
+        raise InputError(
+            f"RUN={run.name}: no such run under {run.root}; there are: {known}; say which: RUN=…"
+        )
 
 
 def result(directory: Path, cluster: Cluster) -> str:

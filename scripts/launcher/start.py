@@ -93,7 +93,10 @@ def _end(options: Options) -> int:
         print(f"\nThe queue does the rest; make status RUN={options.run.name}")
     if not options.here.reach(options.run.stage(maker("service").name)):
         return DONE
-    return chat.sample(options.run, options.here)
+    code = chat.sample(options.run, options.here)
+    name, row = options.run.name, maker("service")
+    print(f"\nIt stays served: make chat RUN={name}; make un{row.name} RUN={name} ends it")
+    return code
 
 
 def show(options: Options) -> int:

@@ -57,7 +57,7 @@ def load_config(stage: Rank):
     except SystemExit:  # the parser has already printed which argument and why
         raise InputError(
             f"ARGS={stage.arguments}: torchtitan refuses them (its words are in {stage.log}); "
-            "every option: python -m torchtitan.config.manager --help"
+            "every option: .venv/bin/python -m torchtitan.config.manager --help"
         ) from None
 
 

@@ -169,6 +169,8 @@ class Attempt:
                 found["torchrun"] = pid
             elif "RANK" in processes.environment(pid):
                 found["ranks"].append(pid)
+        workers = {pid for rank in found["ranks"] for pid in below(rank)}  # that load its data
+        found["ranks"] = [pid for pid in found["ranks"] if pid not in workers]
         return found
 
     def watched(self) -> dict:
