@@ -21,9 +21,9 @@ def main(stage: Parent) -> dict:
     """Read the recipe, run its passes, hand the sets over by one rename."""
     settings = recipe.read(stage.config, stage.arguments, stage.facts)
     if stage.facts.get("DATA"):
-        settings.sources = [recipe.Source(str(source(stage)))]
-    if isinstance(settings.validation, str) and not settings.validation.startswith("hf://"):
-        settings.validation = str(stage.path("VALIDATION"))
+        settings.sources = [recipe.Source(str(named(stage, "DATA")))]
+    if isinstance(settings.validation, str) and stage.facts.get("VALIDATION"):
+        settings.validation = str(named(stage, "VALIDATION"))
     model = stage.path("FROM") if "FROM" in stage.facts else None
     config = model / "config.json" if model else stage.directory / "architecture.json"
     sizes = read_architecture(config)
@@ -39,14 +39,17 @@ def main(stage: Parent) -> dict:
     for line in table.lines(manifest, as_fact(final, stage.run.root)):
         stage.shown.say(line)
     describe = stage.digests.describe
-    paths = [Path(s.path).expanduser() for s in settings.sources if s.path != PYTHON]
-    inputs = {f"source {n}": describe(p) for n, p in enumerate(paths, 1) if p.exists()}
+    paths = {f"source {n}": s.path for n, s in enumerate(settings.sources, 1) if s.path != PYTHON}
+    if isinstance(settings.validation, str):
+        paths["validation"] = settings.validation
+    read = {name: Path(path).expanduser() for name, path in paths.items()}
+    inputs = {name: describe(path) for name, path in read.items() if path.exists()}
     return {"inputs": inputs, "outputs": {"sets": describe(final)}, "summary": manifest}
 
 
-def source(stage: Parent) -> str | Path:
-    """Return DATA as a recipe names a source: a path, or an id of the hub."""
-    return stage.facts["DATA"] if stage.facts["DATA"].startswith("hf://") else stage.path("DATA")
+def named(stage: Parent, fact: str) -> str | Path:
+    """Return what a fact names, as a recipe names a source: a path, or an id of the hub."""
+    return stage.facts[fact] if stage.facts[fact].startswith("hf://") else stage.path(fact)
 
 
 if __name__ == "__main__":

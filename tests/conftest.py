@@ -36,7 +36,8 @@ def model(tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    """All runs of a session, under a path with a space and a pattern's characters; the workers of pytest -n share it."""
+    """All runs of a session, under a path with a space and a pattern's characters; the workers of
+    pytest -n share it."""
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent

@@ -173,6 +173,12 @@ def test_an_archive_is_named(tmp_path, make):
         find(tmp_path / "a.jsonl")
 
 
+def test_a_table_without_a_row_is_said_so(tmp_path):
+    pq.write_table(pa.Table.from_pylist(ROWS[:1]).slice(0, 0), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="holds no rows"):
+        prepare(tmp_path / "stage", tmp_path / "a.parquet")
+
+
 def test_a_line_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(lines, "MAX_ROW", 1000)
     write_rows(tmp_path / "a.jsonl", [{"text": "short"}, {"text": "x" * 2000}])

@@ -238,6 +238,29 @@ def test_a_long_row_is_dropped_cut_or_refused(tmp_path):
         prepared(tmp_path / "refuse", rows, too_long="refuse", validation=0.0)
 
 
+def test_two_long_rows_among_twenty_held_out_are_chance(tmp_path):
+    """A sample of twenty says little: all rows are counted before the stage is stopped."""
+    rows = chats()
+    held = read_set(prepared(tmp_path / "first", rows)[1], "heldout_sft.jsonl")
+    for row in held[:3]:
+        at = next(
+            n
+            for n, r in enumerate(rows)
+            if r["messages"][0]["content"] == row["messages"][0]["content"]
+        )
+        rows[at] = {
+            "messages": [rows[at]["messages"][0], {"role": "assistant", "content": "long " * 300}]
+        }
+    manifest, _ = prepared(tmp_path / "second", rows)
+    assert manifest["dropped"] == {"longer than 256 tokens": 3}
+
+
+def test_a_recipe_may_name_its_validation(tmp_path):
+    (tmp_path / "config.yaml").write_text(f"validation: {tmp_path}/held.jsonl\n")
+    found = recipe.read(tmp_path / "config.yaml", [], {})
+    assert found.validation == f"{tmp_path}/held.jsonl"
+
+
 def test_only_long_rows_stop_before_anything_is_written(tmp_path):
     with pytest.raises(InputError, match="longer than 256 tokens"):
         prepared(tmp_path, long_chats(240), duplicates="keep", max_dropped=0.5)
@@ -395,6 +418,7 @@ def test_rows_that_are_not_understood_are_refused_or_dropped(tmp_path):
         ("too_lang: drop", [], {}, "too_lang: no such key; did you mean too_long?"),
         ("too_long: keep", [], {}, "too_long: keep: one of drop, cut, refuse"),
         ("validation: 3", [], {}, "validation: 3: a share from 0 to 1"),
+        ("derive: true", [], {"VALIDATION": "0.1"}, "holds out its own; leave VALIDATION out"),
         ("", ["too_long"], {}, "ARGS: too_long: give key=value"),
         ("", ["seeds=3"], {}, "seeds: no such key"),
         ("", ["max_seq_len=x"], {}, "max_seq_len: x: a number of tokens"),

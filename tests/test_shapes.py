@@ -36,9 +36,9 @@ def share(role, value):
     return {"from": role, "value": value}
 
 
-Q, A, B, S = (
-    turn(r, c) for r, c in [("user", "q"), ("assistant", "a"), ("assistant", "b"), ("system", "s")]
-)
+Q, S = turn("user", "q"), turn("system", "s")
+A, B = turn("assistant", "a"), turn("assistant", "b")
+H, G = share("human", "q"), share("gpt", "a")
 SHAPES = [
     ({"text": "t"}, ("text", "t")),
     ({"content": "t", "id": 3}, ("text", "t")),
@@ -54,14 +54,17 @@ SHAPES = [
     ({"messages": [Q, turn("assistant", "no", weight=0), Q, A]}, ("chat", "u:q (a:no) u:q a:a")),
     ({"messages": [Q, turn("assistant", "no", train=False), Q, A]}, ("chat", "u:q (a:no) u:q a:a")),
     ({"messages": json.dumps([Q, A])}, ("chat", "u:q a:a")),
-    ({"conversations": [share("human", "q"), share("gpt", "a")]}, ("chat", "u:q a:a")),
-    ({"conversations": [share("system", "s"), share("human", "q"), share("gpt", "a")]}, ("chat", "s:s u:q a:a")),
-    ({"conversations": [share("human", "q"), share("gpt", "a")], "system": "s"}, ("chat", "s:s u:q a:a")),
+    ({"conversations": [H, G]}, ("chat", "u:q a:a")),
+    ({"conversations": [share("system", "s"), H, G]}, ("chat", "s:s u:q a:a")),
+    ({"conversations": [H, G], "system": "s"}, ("chat", "s:s u:q a:a")),
     ({"conversation": [Q, A], "source": "x"}, ("chat", "u:q a:a")),
     ({"instruction": "i", "output": "o"}, ("chat", "u:i a:o")),
     ({"instruction": "i", "input": "x", "output": "o"}, ("chat", "u:i\n\nx a:o")),
     ({"instruction": "i", "input": "", "output": "o", "text": "all"}, ("chat", "u:i a:o")),
-    ({"instruction": "i", "output": "o", "system": "s", "history": [["q", "a"]]}, ("chat", "s:s u:q a:a u:i a:o")),
+    (
+        {"instruction": "i", "output": "o", "system": "s", "history": [["q", "a"]]},
+        ("chat", "s:s u:q a:a u:i a:o"),
+    ),
     ({"instruction": "i", "response": "o"}, ("chat", "u:i a:o")),
     ({"instruction": "i", "context": "x", "response": "o"}, ("chat", "u:i\n\nx a:o")),
     ({"prompt": "q", "completion": "a"}, ("chat", "u:q a:a")),
@@ -72,24 +75,48 @@ SHAPES = [
     ({"input": "q", "output": "a"}, ("chat", "u:q a:a")),
     ({"system_prompt": "s", "question": "q", "response": "a"}, ("chat", "s:s u:q a:a")),
     ({"prompt": "q", "chosen": "a", "rejected": "b"}, ("pair", "u:q a:a | u:q a:b")),
-    ({"question": "q", "chosen": "a", "rejected": "b", "system": "s"}, ("pair", "s:s u:q a:a | s:s u:q a:b")),
-    ({"instruction": "i", "input": "x", "chosen": "a", "rejected": "b"}, ("pair", "u:i\n\nx a:a | u:i\n\nx a:b")),
+    (
+        {"question": "q", "chosen": "a", "rejected": "b", "system": "s"},
+        ("pair", "s:s u:q a:a | s:s u:q a:b"),
+    ),
+    (
+        {"instruction": "i", "input": "x", "chosen": "a", "rejected": "b"},
+        ("pair", "u:i\n\nx a:a | u:i\n\nx a:b"),
+    ),
     ({"prompt": [Q], "chosen": [A], "rejected": [B]}, ("pair", "u:q a:a | u:q a:b")),
     ({"prompt": "q", "chosen": [A], "rejected": [B]}, ("pair", "u:q a:a | u:q a:b")),
     ({"chosen": [S, Q, A], "rejected": [S, Q, B]}, ("pair", "s:s u:q a:a | s:s u:q a:b")),
-    ({"prompt": "q", "chosen": [Q, A], "rejected": [Q, B], "score_chosen": 5}, ("pair", "u:q a:a | u:q a:b")),
-    ({"chosen": [Q, A, Q, A], "rejected": [Q, A, Q, B]}, ("pair", "u:q a:a u:q a:a | u:q a:a u:q a:b")),
-    ({"conversations": [share("human", "q")], "chosen": share("gpt", "a"), "rejected": share("gpt", "b")}, ("pair", "u:q a:a | u:q a:b")),
+    (
+        {"prompt": "q", "chosen": [Q, A], "rejected": [Q, B], "score_chosen": 5},
+        ("pair", "u:q a:a | u:q a:b"),
+    ),
+    (
+        {"chosen": [Q, A, Q, A], "rejected": [Q, A, Q, B]},
+        ("pair", "u:q a:a u:q a:a | u:q a:a u:q a:b"),
+    ),
+    (
+        {"conversations": [H], "chosen": G, "rejected": share("gpt", "b")},
+        ("pair", "u:q a:a | u:q a:b"),
+    ),
     ({"messages": [Q], "chosen": A, "rejected": B}, ("pair", "u:q a:a | u:q a:b")),
-    ({"input": "q", "preferred_output": "a", "non_preferred_output": "b"}, ("pair", "u:q a:a | u:q a:b")),
-    ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}, ("pair", "u:q a:a | u:q a:b")),
+    (
+        {"input": "q", "preferred_output": "a", "non_preferred_output": "b"},
+        ("pair", "u:q a:a | u:q a:b"),
+    ),
+    (
+        {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+        ("pair", "u:q a:a | u:q a:b"),
+    ),
     ({"prompt": "q", "completion": "a", "label": True}, ("judged", "u:q a:a True")),
     ({"messages": [Q, A], "kto_tag": False}, ("judged", "u:q a:a False")),
     ({"messages": [Q, A], "label": "sports"}, ("chat", "u:q a:a")),
     ({"question": "q", "choices": ["x", "y"], "answer": 1}, ("chat", "u:q a:y")),
     ({"question": "q", "choices": ["x", "y"], "answer": "A"}, ("chat", "u:q a:x")),
-    ({"question": "q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"}, ("chat", "u:q a:y")),
-]  # fmt: skip
+    (
+        {"question": "q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"},
+        ("chat", "u:q a:y"),
+    ),
+]
 
 
 @pytest.mark.parametrize(("row", "wanted"), SHAPES)

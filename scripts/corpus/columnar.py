@@ -33,7 +33,7 @@ def units(file: File, size: int) -> list[Unit]:
         if held >= size or group + 1 == metadata.num_row_groups:
             found.append(Unit(file, start, group + 1))
             start, held = group + 1, 0
-    return found
+    return found or [Unit(file)]  # without a row
 
 
 def rows(unit: Unit) -> lines.Rows:

@@ -41,6 +41,8 @@ MAGIC = {
     b"\xff\xfe": "UTF-16 text: iconv -f utf-16 -t utf-8",
     b"\xfe\xff": "UTF-16 text: iconv -f utf-16 -t utf-8",
 }
+# A data set of the hub, as owner/name or owner/name:split.
+HUB_ID = re.compile(r"(hf://(datasets/)?)?[\w.-]+/[\w.-]+(:[\w.\[\]%-]+)?")
 MAX_ROW = 64 << 20  # bytes of one row
 BLOCK = 1 << 20
 BOM = b"\xef\xbb\xbf"

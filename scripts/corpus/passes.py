@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -106,7 +107,8 @@ def look(work: Work, number: int) -> None:
     """Recognise every row, and write its kind and hashes."""
     if work.done("look", number):
         return
-    dropped, numbers, bad = Dropped(work, "look", number), [], []
+    dropped, bad = Dropped(work, "look", number), []
+    kinds, wholes, askeds = array("B"), array("Q"), array("Q")  # a packed file is one unit
     counts: dict[str, Counter[str]] = {"shapes": Counter(), "unused": Counter()}
     characters = 0
     with open(work.file("look", number, ".judged"), "w", encoding="utf-8") as judged:
@@ -120,16 +122,18 @@ def look(work: Work, number: int) -> None:
                 if isinstance(row, BadRow):
                     bad.append(f"{where}: {row.why}")
                 dropped.add(where, why, row.content if isinstance(row, Row) else "")
-                numbers.append((NO_KIND, 0, 0))
+                kind, whole, asked = NO_KIND, 0, 0
+            kinds.append(kind)
+            wholes.append(whole)
+            askeds.append(asked)
+            if kind == NO_KIND:
                 continue
             counts["shapes"][row.kind] += 1
             counts["unused"].update(row.unused)
             characters += sum(map(len, _said(*_plain(row))))
             if row.kind == JUDGED:
-                said = {"at": len(numbers), "asked": asked, **row.content}
+                said = {"at": len(kinds) - 1, "asked": asked, **row.content}
                 judged.write(json.dumps(said) + "\n")
-            numbers.append((kind, whole, asked))
-    kinds, wholes, askeds = zip(*numbers) if numbers else ((), (), ())
     np.savez(
         work.file("look", number, ".npz"),
         kinds=np.array(kinds, np.uint8),
@@ -137,7 +141,7 @@ def look(work: Work, number: int) -> None:
         asked=np.array(askeds, np.uint64),
     )
     report = {
-        "rows": len(numbers),
+        "rows": len(kinds),
         "characters": characters,
         "bad": bad[:SHOWN],
         "bad_rows": len(bad),

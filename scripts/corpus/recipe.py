@@ -1,6 +1,6 @@
 """The data recipe: what is read, what is held out and what is dropped (configs/data/<recipe>.yaml).
 
-What the run says comes first, then the recipe, then the user's key=value arguments.
+The user's key=value arguments win over the file, and VALIDATION and COLUMNS over both.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from scripts.corpus.shapes import columns_from
 from scripts.run.errors import InputError
 
 
@@ -70,8 +71,7 @@ def read(file: Path, arguments: Sequence[str], facts: Mapping[str, str]) -> Reci
     if facts.get("VALIDATION"):
         given["validation"] = yaml.safe_load(facts["VALIDATION"])
     if facts.get("COLUMNS"):
-        pairs = [pair.partition("=") for pair in facts["COLUMNS"].split(",")]
-        given["columns"] = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+        given["columns"] = columns_from(facts["COLUMNS"])
     known = {f.name: f for f in dataclasses.fields(Recipe)}
     for key in set(given) - set(known):
         near = difflib.get_close_matches(str(key), known, 1)
@@ -79,6 +79,8 @@ def read(file: Path, arguments: Sequence[str], facts: Mapping[str, str]) -> Reci
             f"{file.name}: {key}: no such key" + (f"; did you mean {near[0]}?" if near else "")
         )
         del given[key]
+    if given.get("derive") and "validation" in given:
+        found.append("validation: a recipe that derives holds out its own; leave VALIDATION out")
     recipe = Recipe(**given)
     found += _problems(recipe)
     if found:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -32,7 +31,6 @@ from scripts.corpus.turns import Unusable
 from scripts.run.digests import sha256
 from scripts.run.errors import InputError
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]%-]+)?")
 HELD_OUT = {TEXT: "heldout_text.jsonl", CHAT: "heldout_sft.jsonl", PAIR: "heldout_preference.jsonl"}
 CHOICE = "heldout_choice.jsonl"
 
@@ -55,8 +53,7 @@ def find(recipe: Recipe) -> tuple[list[tuple[list[File], float]], list[str]]:
     found, passed, problems = [], [], []
     for source in recipe.sources:
         path = Path(source.path.removeprefix("hf://datasets/").removeprefix("hf://")).expanduser()
-        hub = source.path.startswith("hf://") or HUB_ID.fullmatch(source.path)
-        if hub and not path.exists():
+        if files.HUB_ID.fullmatch(source.path) and not path.exists():
             found.append(([File(path, columnar.HUB, "")], source.weight))
             continue
         try:
@@ -193,8 +190,11 @@ class Sets:
                     self.held_dropped[why.partition(":")[0]] += 1
                 else:
                     rows[kind].append({**row, **fitting})
-        if self.held_dropped:
-            total = sum(map(len, rows.values())) + sum(self.held_dropped.values())
+        long = sum(self.held_dropped.values())
+        total = sum(map(len, rows.values())) + long
+        share = long / max(total, 1)
+        # Of twenty rows two may be long by chance: more than two standard errors above the limit.
+        if share - 2 * (share * (1 - share) / max(total, 1)) ** 0.5 > self.recipe.max_dropped:
             self.refuse(self.held_dropped, total)
         for kind, name in HELD_OUT.items():
             self.held_out.setdefault(name, [_without_choices(row) for row in rows[kind]])

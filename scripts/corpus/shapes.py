@@ -78,6 +78,12 @@ def read_row(row: object, columns: Optional[Mapping[str, str]] = None) -> Row:
     return _Reader(row, left).read()
 
 
+def columns_from(text: str) -> dict[str, str]:
+    """Parse COLUMNS, "prompt=question,chosen=best", into our names and the file's."""
+    pairs = [pair.partition("=") for pair in text.split(",") if pair]
+    return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+
+
 class _Reader:
     """Take columns off one row until its shape is read; what is left was not used."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -49,7 +50,7 @@ class _Writer:
     def __init__(self, work: Work, number: int):
         self.work, self.number, self.chat = work, number, chat_of(work.model)
         self.dropped = Dropped(work, "write", number)
-        self.lengths: dict[str, list[int]] = {kind: [] for kind in KINDS}
+        self.lengths = {kind: array("I") for kind in KINDS}
         self.kept: Counter[str] = Counter()
         self.sample: list[Any] = []
 
@@ -100,7 +101,7 @@ class _Writer:
             texts = [content["text"] for _, content, _ in batch]
             for (_, _, copies), ids in zip(batch, self.chat.encode_documents(texts)):
                 file.write(np.asarray(ids, tokens.dtype(self.work.vocabulary)).tobytes() * copies)
-                self.lengths[TEXT] += [len(ids)] * copies
+                self.lengths[TEXT].extend([len(ids)] * copies)
             self.kept[TEXT] += len(batch)
             return
         for (where, content, copies), (row, length, why) in zip(batch, fit(self.work, kind, batch)):
@@ -115,7 +116,7 @@ class _Writer:
                 self.chat.check(row["messages"])
             line = json.dumps(row, ensure_ascii=False) + "\n"
             file.write(line.encode() * copies)
-            self.lengths[kind] += [length] * copies
+            self.lengths[kind].extend([length] * copies)
             self.kept[kind] += 1
             if kind == CHAT:
                 self.notice(row["messages"])

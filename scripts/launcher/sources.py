@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
+from scripts.corpus.files import HUB_ID
 from scripts.corpus.preview import Preview, preview
-from scripts.corpus.shapes import FOLDERS, NAMES
+from scripts.corpus.shapes import FOLDERS, NAMES, columns_from
 from scripts.launcher.options import CONFIGS, Options
 from scripts.run import stages
 from scripts.run.digests import Digests
@@ -18,7 +19,6 @@ from scripts.run.layout import Run, as_fact, finished, from_fact, relative
 from scripts.run.stages import StageRow
 
 HUB = "hf://"
-HUB_ID = re.compile(r"(hf://(datasets/)?)?[\w.-]+/[\w.-]+(:[\w.\[\]%-]+)?")
 RECIPE = (".yaml", ".yml")
 
 
@@ -76,7 +76,7 @@ def problems(options: Options) -> list[str]:
             found += _seen(options).problems
     share = re.fullmatch(r"[0-9.]+", options.validation) or not options.validation
     if not share and not _is_hub(options.validation):
-        seen = preview(Path(options.validation), _columns(options))
+        seen = preview(Path(options.validation), columns_from(options.columns))
         found += [p.replace("DATA=", "VALIDATION=", 1) for p in seen.problems]
     words = options.args.get(stages.maker("sets").name, [])
     found += [f"ARGS: {word}: give key=value, as too_long=cut" for word in words if "=" not in word]
@@ -89,13 +89,8 @@ def _is_hub(text: str) -> bool:
     return not Path(text).exists() and bool(HUB_ID.fullmatch(text))
 
 
-def _columns(options: Options) -> dict[str, str]:
-    pairs = [pair.partition("=") for pair in options.columns.split(",") if pair]
-    return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
-
-
 def _seen(options: Options) -> Preview:
-    return _preview(options.data, tuple(_columns(options).items()))
+    return _preview(options.data, tuple(columns_from(options.columns).items()))
 
 
 @functools.cache
