@@ -18,7 +18,7 @@ LAUNCHER := scripts/run scripts/clusters scripts/launcher
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo pipeline data pretrain finetune align evaluate deploy undeploy chat status \
-  logs lineage stop cancel clean test test-all test-slurm lint lock golden
+  logs lineage stop cancel clean filters test test-all test-slurm lint lock golden
 
 # STEPS=50 would train with the default. Names with a _ may be a program's, as SBATCH_TIMELIMIT.
 UNKNOWN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
@@ -83,6 +83,10 @@ clean: ## Remove the run, or one STAGE= of it
 setup: .venv/installed ## Install .venv from the lock (stages on this machine do it by themselves)
 .venv/installed: requirements/cpu.lock requirements/dev.lock requirements/install.sh
 	@PYTHON=$(PYTHON) sh requirements/install.sh
+filters: .venv/filters ## Install datatrove, for the filters of a data recipe (docs/data.md)
+.venv/filters: requirements/filters.lock .venv/installed
+	@.venv/bin/python -m uv pip install --quiet --require-hashes --requirement $<
+	@touch $@
 test: .venv/installed ## The fast tests
 	@$(TEST) -m "not slow" tests
 test-all: .venv/installed ## Every test, the whole line included, two at a time

@@ -9,4 +9,5 @@ lock() {
 }
 lock cpu.in --override overrides.txt --output-file cpu.lock
 lock dev.in --output-file dev.lock
+lock filters.in --output-file filters.lock
 printf 'uv==%s\n' "$(sed -n 's/^uv==//p' dev.in)" | lock - --output-file uv.lock

@@ -7,31 +7,22 @@ import os
 import shutil
 from pathlib import Path
 
-from scripts.corpus import recipe, table
+from scripts.corpus import recipe, sets, table
 from scripts.corpus.python_docs import PYTHON
-from scripts.corpus.sets import Sets, Target
 from scripts.job.main import run
 from scripts.job.parent import Parent
 from scripts.run import files
 from scripts.run.layout import as_fact
-from scripts.tools.architecture import read_architecture
+from scripts.tools.data_nodes import make_sets
 
 
 def main(stage: Parent) -> dict:
-    """Read the recipe, run its passes, hand the sets over by one rename."""
-    settings = recipe.read(stage.config, stage.arguments, stage.facts)
-    if stage.facts.get("DATA"):
-        settings.sources = [recipe.Source(str(named(stage, "DATA")))]
-    if isinstance(settings.validation, str) and stage.facts.get("VALIDATION"):
-        settings.validation = str(named(stage, "VALIDATION"))
-    model = stage.path("FROM") if "FROM" in stage.facts else None
-    config = model / "config.json" if model else stage.directory / "architecture.json"
-    sizes = read_architecture(config)
-    partial, final = stage.directory / "sets.partial", stage.directory / "sets"
-    sets = Sets(partial, settings, Target(model, sizes["vocab"], sizes["context"]), stage.phase)
-    manifest = sets.make()
+    """Start one process on each node; hand the sets over by one rename."""
+    settings = recipe.of_stage(stage.config, stage.arguments, stage.facts, stage.path)
+    partial, final = stage.directory / sets.PARTIAL, stage.directory / "sets"
+    stage.ranks()
     stage.phase("hands the sets over")
-    files.write_json(partial / "out/data.json", manifest)
+    manifest = files.read_json(partial / "out/data.json") or {}
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial / "out", final)
     shutil.rmtree(partial)
@@ -47,10 +38,5 @@ def main(stage: Parent) -> dict:
     return {"inputs": inputs, "outputs": {"sets": describe(final)}, "summary": manifest}
 
 
-def named(stage: Parent, fact: str) -> str | Path:
-    """Return what a fact names, as a recipe names a source: a path, or an id of the hub."""
-    return stage.facts[fact] if stage.facts[fact].startswith("hf://") else stage.path(fact)
-
-
 if __name__ == "__main__":
-    run(main)
+    run(main, make_sets)

@@ -129,9 +129,30 @@ def test_a_new_stage_touches_no_launcher_module(checkout, cluster):
     assert "distil_ARGS".upper() in launch(checkout, "pipeline", ARGS="x").stderr
 
 
-@pytest.mark.parametrize("stage", ["data", "evaluate", "deploy"])
-@pytest.mark.parametrize(("name", "value"), [("GPUS", "8"), ("NODES", "2")])
+@pytest.mark.parametrize(
+    ("stage", "name", "value"),
+    [
+        ("data", "GPUS", "8"),
+        *((s, *given) for s in ("evaluate", "deploy") for given in (("GPUS", "8"), ("NODES", "2"))),
+    ],
+)
 def test_nodes_and_gpus_are_refused_where_they_do_nothing(checkout, stage, name, value):
     result = launch(checkout, stage, CLUSTER="slurm", DRY_RUN="1", **{name: value})
     assert result.returncode == 64
     assert f"{name}={value}: {stage} is one process on one node" in result.stderr
+
+
+def test_data_is_spread_over_nodes_where_it_is_asked_for(checkout):
+    """Its bytes do not depend on the nodes, so that another number of them is no other setting."""
+    here = {"CLUSTER": "slurm", "RUN": "x", "DRY_RUN": "1"}
+    result = launch(checkout, "data", NODES="3", **here)
+    assert "--nodes=3 slurm/data.sbatch" in result.stdout
+    assert "NODES=3" in result.stdout, "slurm/run.sh compares it with what Slurm gave"
+    pipeline = launch(checkout, "pipeline", NODES="3", **here).stdout
+    assert "--nodes=1 slurm/data.sbatch" in pipeline, "a pipeline spreads what it trains"
+    folder = checkout / "runs/x/data"
+    folder.mkdir(parents=True)
+    (folder / "stage.env").write_text("MODEL=debug\nNODES=3\n")
+    (folder / "stage.json").write_text('{"status": "done", "inputs": {}}')
+    result = launch(checkout, "data", **here)
+    assert result.returncode == 0, result.stderr

@@ -103,8 +103,8 @@ def test_no_circle_between_files():
 @pytest.mark.parametrize("module", FILES)
 def test_imports_stand_at_the_top(module):
     """Upstream imports cost seconds each, so tools/ has them where they are needed. An import
-    inside a function anywhere else hides a circle."""
-    if room(module) not in ("tools", "components"):
+    inside a function anywhere else hides a circle. datatrove is an extra, and may be missing."""
+    if room(module) not in ("tools", "components") and module != "scripts.corpus.filters":
         hidden = [name for name, inside in imports(module) if inside]
         assert hidden == [], f"{module} imports {hidden} inside a function"
 

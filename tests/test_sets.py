@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from scripts.corpus import passes, recipe, writer
-from scripts.corpus import prepare as passes_in_order
+from scripts.corpus import passes, pool, recipe, writer
+from scripts.corpus import prepare as preparing
 from scripts.corpus.chat import Chat
 from scripts.corpus.holdout import words
 from scripts.run.errors import InputError
@@ -324,7 +324,7 @@ def test_a_template_that_refuses_a_row_drops_it(tmp_path, model):
 @pytest.fixture
 def small_parts(monkeypatch):
     """Cut the input into many units, all in this process."""
-    monkeypatch.setattr(passes_in_order, "UNIT", (4000, 4000))
+    monkeypatch.setattr(preparing, "UNIT", (4000, 4000))
 
 
 @pytest.mark.parametrize("name", ["look", "collect", "compare", "write"])
@@ -334,21 +334,21 @@ def test_a_kill_anywhere_changes_nothing(tmp_path, monkeypatch, small_parts, nam
     )
     whole, out = prepare(tmp_path / "whole", source)
     assert len(list((tmp_path / "whole/sets.partial/look").glob("*.json"))) > 8
-    phase, function = passes_in_order.PASSES[name]
+    phase, function = pool.PASSES[name]
 
     def dies(work, number):
         if number == 5:
             raise KeyboardInterrupt
         function(work, number)
 
-    monkeypatch.setitem(passes_in_order.PASSES, name, (phase, dies))
+    monkeypatch.setitem(pool.PASSES, name, (phase, dies))
     with pytest.raises(KeyboardInterrupt):
         prepare(tmp_path / "killed", source)
     finished = {
         p: p.stat().st_mtime_ns for p in (tmp_path / f"killed/sets.partial/{name}").iterdir()
     }
     assert finished
-    monkeypatch.setitem(passes_in_order.PASSES, name, (phase, function))
+    monkeypatch.setitem(pool.PASSES, name, (phase, function))
     again, other = prepare(tmp_path / "killed", source)
     assert again == whole
     assert digest_tree(other) == digest_tree(out)
@@ -359,7 +359,7 @@ def test_a_kill_anywhere_changes_nothing(tmp_path, monkeypatch, small_parts, nam
 def test_several_processes_make_the_same(tmp_path, monkeypatch, small_parts):
     source = write_rows(tmp_path / "rows.jsonl", chats(300))
     _, out = prepare(tmp_path / "one", source)
-    monkeypatch.setattr(passes_in_order, "SMALL", 0)
+    monkeypatch.setattr(pool, "SMALL", 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     _, other = prepare(tmp_path / "two", source)
     assert digest_tree(other) == digest_tree(out)
@@ -372,7 +372,7 @@ def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, monkeypatch):
         writer.write(work, number)
         write_rows(source, chats(300))
 
-    monkeypatch.setitem(passes_in_order.PASSES, "write", ("writes", grow))
+    monkeypatch.setitem(pool.PASSES, "write", ("writes", grow))
     with pytest.raises(InputError, match=r"rows.jsonl: has changed while it was read"):
         prepare(tmp_path / "stage", source)
     monkeypatch.undo()
@@ -384,7 +384,7 @@ def test_other_settings_begin_anew(tmp_path):
     source = write_rows(tmp_path / "rows.jsonl", chats())
     first = preparation(tmp_path / "stage", source)
     first.prepared.begin()
-    first.prepared.run("look")
+    first.run("look")
     manifest, _ = prepare(tmp_path / "stage", source, validation=0.5)
     assert kept(manifest, "sft") == (120, 120)
 
@@ -447,7 +447,7 @@ def test_arguments_and_facts_win_over_the_recipe(tmp_path):
 def test_units_are_told_by_their_bytes(tmp_path, small_parts):
     source = write_rows(tmp_path / "rows.jsonl", chats(300))
     made = preparation(tmp_path / "stage", source)
-    sizes = [made.prepared.size(n) for n in made.prepared.numbers]
+    sizes = [pool.size(made.prepared.work, n) for n in made.prepared.numbers]
     assert sum(sizes) == source.stat().st_size
     assert passes.Work is type(made.prepared.work)
 

@@ -30,6 +30,7 @@ from tests.support.runs import (
     ROOT,
     STAGES,
     TRAINED,
+    digest_tree,
     finished,
     history,
     read_json,
@@ -37,6 +38,7 @@ from tests.support.runs import (
     runs_root,
     stage_dir,
 )
+from tests.support.sets import chats, write_rows
 from tests.support.slurm_lab import Lab, missing
 
 pytestmark = pytest.mark.slow  # on one worker (lanes.LANES): one cluster, which tests break
@@ -309,6 +311,22 @@ def test_the_pipeline_the_gate_and_a_service(lab):
     assert answer.result(60) == 400, "it must finish the answers that it has begun"
     assert_status("line", "deploy", "^deploy stopped")
     assert_ends(lab, "line", "deploy", "FAILED")  # exit 75, not requeued
+
+
+def test_data_on_two_nodes_has_the_bytes_of_one(lab):
+    """Each node reads its own files of the source; the sets, and what is said of them, are equal to
+    those that this machine makes alone."""
+    source = runs_root().parent / "source"
+    for n in range(5):
+        write_rows(source / f"{n}.jsonl", chats(300)[n * 60 :][:60])
+    make("data", RUN="spread", DATA=str(source), CLUSTER="slurm", NODES="2")
+    until(lambda: finished(stage_dir("spread", "data")))
+    make("data", RUN="alone", DATA=str(source))
+    spread, alone = stage_dir("spread", "data"), stage_dir("alone", "data")
+    assert digest_tree(spread / "sets") == digest_tree(alone / "sets")
+    assert finished(spread)["summary"] == finished(alone)["summary"]
+    logs = {path.name for path in (spread / "logs").glob("attempt*.log")}
+    assert logs == {"attempt-1.log", "attempt-1.node1.log"}
 
 
 def test_what_a_dry_run_prints_works_pasted(lab):

@@ -25,8 +25,9 @@ COMMON = 10  # rows that share a prompt or an 8-gram before it counts as a commo
 GRAM = 8  # words
 COVERED = 0.5
 ITEM_WORDS = 512  # of a held-out row that are compared
-# What is decided of a row. USED: a bad answer that stands in a pair; GONE: could not be read.
-KEEP, HELD, DUPLICATE, LEAK, DROPPED, USED, GONE = range(7)
+# What is decided of a row. USED: a bad answer that stands in a pair; GONE: could not be read;
+# FILTERED, NEAR: a text that a filter or MinHash has dropped.
+KEEP, HELD, DUPLICATE, LEAK, DROPPED, USED, GONE, FILTERED, NEAR = range(9)
 
 
 def words(text: str) -> list[str]:

@@ -43,6 +43,11 @@ class Work:
     vocabulary: int = 0
     longest: int = 0  # tokens of a conversation
 
+    @property
+    def dropping(self) -> tuple[str, ...]:
+        """Name the passes that drop rows, in their order."""
+        return ("look", "sift", "write") if self.recipe.filters else ("look", "write")
+
     def file(self, kind: str, number: int, ending: str) -> Path:
         """Return where a pass keeps what it makes of a unit."""
         return self.folder / kind / f"{number:05d}{ending}"

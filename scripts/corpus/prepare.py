@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,34 +18,34 @@ from typing import Any
 
 import numpy as np
 
-from scripts.corpus import columnar, holdout, passes, writer
+from scripts.corpus import columnar, filters, holdout, passes, writer
 from scripts.corpus.files import File
 from scripts.corpus.holdout import DUPLICATE, GONE, HELD, KEEP, KINDS, LEAK
 from scripts.corpus.judged import pair
 from scripts.corpus.passes import BAD_ANSWER, Work
+from scripts.corpus.pool import PASSES
 from scripts.corpus.recipe import Recipe
 from scripts.corpus.shapes import CHAT, FOLDERS, PAIR, TEXT
 from scripts.corpus.tokenizer import train_tokenizer
 from scripts.run.errors import InputError
-from scripts.run.processes import die_with_parent
 
-SMALL = 8 << 20  # bytes of input that one process reads sooner than two are started
 UNIT = 16 << 20, 256 << 20  # bytes of a unit, at least and at most
 UNITS = 1024  # about so many there are, between these
-PASSES = {
-    "look": ("reads the rows", passes.look),
-    "collect": ("collects what is held out", passes.collect),
-    "compare": ("looks for held-out text in training rows", passes.compare),
-    "write": ("writes the sets", writer.write),
-}
-Show = Callable[[str, str], None]  # shows a phase, and how far it is
+RunPass = Callable[[str, Work], None]
 
 
 class Preparation:
-    """Prepare the sets of one data stage in `folder`; `show` is told how far it is."""
+    """Prepare the sets of one data stage in `folder`. `run_pass(name, work)` runs a pass over all
+    units, here or on several nodes."""
 
-    def __init__(self, folder: Path, recipe: Recipe, sources: list[tuple[list[File], float]]):
-        self.folder, self.recipe = folder, recipe
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Recipe,
+        sources: list[tuple[list[File], float]],
+        run_pass: RunPass,
+    ):
+        self.folder, self.recipe, self.run_pass = folder, recipe, run_pass
         self.files = [file for found, _ in sources for file in found]
         self.validation: set[Path] = set()
         sizes = [f.path.stat().st_size for f in self.files if f.format != columnar.HUB]
@@ -61,7 +58,6 @@ class Preparation:
                 units += parts
                 weights += [weight] * len(parts)
         self.work = Work(folder, tuple(units), tuple(weights), recipe, folder)
-        self.show: Show = lambda phase, detail: None
 
     def add_validation(self, found: list[File]) -> None:
         """Add the files whose rows are all held out."""
@@ -89,7 +85,7 @@ class Preparation:
                 self.check_marks()
                 return
         shutil.rmtree(self.folder, ignore_errors=True)
-        kinds = (*PASSES, "decided", "final", "dropped", "made")
+        kinds = (*PASSES, "first", "decided", "final", "dropped", "made")
         for name in (*kinds, *(f"out/{folder}" for folder in FOLDERS.values())):
             (self.folder / name).mkdir(parents=True)
         path.write_text(json.dumps(now), encoding="utf-8")
@@ -110,53 +106,6 @@ class Preparation:
                 "another RUN, or make clean STAGE=data"
                 for path in changed[:20]
             )
-
-    def run(self, name: str) -> None:
-        """Run one pass over every unit that it has not finished. Raises what a process raises."""
-        phase, function = PASSES[name]
-        left = [n for n in range(len(self.work.units)) if not self.work.done(name, n)]
-        began, done = time.monotonic(), 0
-        sizes = [self.size(n) for n in range(len(self.work.units))]
-        self.show(phase, "")
-        for number in self.each(function, left):
-            self.refuse_bad_rows(name, number)
-            done += sizes[number]
-            rate = done / max(time.monotonic() - began, 1e-9)
-            seconds = (sum(sizes[n] for n in left) - done) / max(rate, 1)
-            share = f"{done / 1e6:,.0f} of {sum(sizes[n] for n in left) / 1e6:,.0f} MB"
-            self.show(phase, f"{share}, {rate / 1e6:,.1f} MB/s, {seconds:.0f} s left")
-
-    def size(self, number: int) -> int:
-        """Return a unit's bytes, roughly."""
-        unit = self.work.units[number]
-        if unit.end and unit.file.format != "parquet":
-            return unit.end - unit.start
-        return unit.file.path.stat().st_size if unit.file.path.exists() else 1
-
-    def each(self, function: Any, numbers: list[int]) -> Iterator[int]:
-        """Call a pass for units, on every core; yield each unit's number when it is finished."""
-        cores = min(len(os.sched_getaffinity(0)), len(numbers))
-        if cores < 2 or sum(map(self.size, numbers)) < SMALL:
-            for number in numbers:
-                function(self.work, number)
-                yield number
-            return
-        context = multiprocessing.get_context("spawn")
-        with context.Pool(cores, _begin_worker) as pool:
-            jobs = [(function, self.work, number) for number in numbers]
-            yield from pool.imap_unordered(_call, jobs)
-
-    def refuse_bad_rows(self, name: str, number: int) -> None:
-        """Raise InputError naming the rows of a unit that were not understood, unless the recipe
-        drops them."""
-        if name != "look" or self.recipe.bad_rows == "drop":
-            return
-        report = self.work.report("look", number)
-        if report["bad"]:
-            more = report["bad_rows"] - len(report["bad"])
-            rest = [f"… and {more} more in this part"] if more else []
-            mend = "mend them, or ARGS=bad_rows=drop to leave such rows out, counted"
-            raise InputError([*report["bad"], *rest, mend])
 
     def reports(self, name: str) -> Iterator[dict[str, Any]]:
         """Return what a pass reported, unit by unit."""
@@ -179,7 +128,7 @@ class Preparation:
         if made:
             units, weights = (*self.work.units, made), (*self.work.weights, 1.0)
             self.work = dataclasses.replace(self.work, units=units, weights=weights)
-            self.run("look")
+            self.run_pass("look", self.work)
         return decided
 
     def decide(self, bad_answers: dict[int, int]) -> None:
@@ -199,6 +148,12 @@ class Preparation:
         if self.recipe.duplicates == "drop":
             usable_first = holdout.first_of_each(whole, usable & ~given)
             decided[usable & ~given & ~usable_first] = DUPLICATE
+        if self.recipe.filters:
+            decided[given & usable] = HELD  # what is given to be held out is not filtered
+            self._spread("first", decided)
+            self.run_pass("sift", self.work)
+            self.run_pass("match", self.work)
+            filters.decide(self.work, kinds, decided)
         alive = (decided == KEEP) & ~given
         share = self.recipe.validation if isinstance(self.recipe.validation, (int, float)) else 0.0
         decided[holdout.choose(kinds, whole, asked, alive, share)] = HELD
@@ -267,17 +222,3 @@ class Preparation:
             with open(path, encoding="utf-8") as file:
                 for line in file:
                     yield from json.loads(line)
-
-
-def _begin_worker() -> None:
-    """Make a worker one thread that dies with the stage."""
-    os.environ["RAYON_NUM_THREADS"] = "1"  # tokenizers': the workers are as many as the cores
-    for number in (signal.SIGINT, signal.SIGUSR1):  # a terminal and Slurm send them to all
-        signal.signal(number, signal.SIG_IGN)  # the stage ends its workers, by SIGTERM
-    die_with_parent()
-
-
-def _call(job: tuple[Any, Work, int]) -> int:
-    function, work, number = job
-    function(work, number)
-    return number

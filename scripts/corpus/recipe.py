@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class Recipe:
     bad_rows: str = "refuse"
     max_dropped: float = 0.05
     tokenizer_megabytes: float = 100.0  # of text that a tokenizer is trained on
+    filters: list[Any] = field(default_factory=list)  # datatrove's, of texts (filters.py)
     seed: int = 0
 
 
@@ -49,6 +50,25 @@ CHOICES = {
     "bad_rows": ("refuse", "drop"),
 }
 SHARES = ("validation", "max_dropped")
+
+
+def of_stage(
+    file: Path, arguments: Sequence[str], facts: Mapping[str, str], path: Callable[[str], Path]
+) -> Recipe:
+    """Read a stage's recipe; DATA and VALIDATION of its facts win, `path` says where they lie.
+
+    Raises InputError.
+    """
+
+    def named(fact: str) -> str:  # as a recipe names a source: a path, or an id of the hub
+        return facts[fact] if facts[fact].startswith("hf://") else str(path(fact))
+
+    recipe = read(file, arguments, facts)
+    if facts.get("DATA"):
+        recipe.sources = [Source(named("DATA"))]
+    if isinstance(recipe.validation, str) and facts.get("VALIDATION"):
+        recipe.validation = named("VALIDATION")
+    return recipe
 
 
 def read(file: Path, arguments: Sequence[str], facts: Mapping[str, str]) -> Recipe:
@@ -81,6 +101,8 @@ def read(file: Path, arguments: Sequence[str], facts: Mapping[str, str]) -> Reci
         del given[key]
     if given.get("derive") and "validation" in given:
         found.append("validation: a recipe that derives holds out its own; leave VALIDATION out")
+    if given.get("derive") and given.get("filters"):
+        found.append("filters: a recipe that derives makes its own texts; leave filters out")
     recipe = Recipe(**given)
     found += _problems(recipe)
     if found:
@@ -102,6 +124,12 @@ def _problems(recipe: Recipe) -> list[str]:
             found.append(f"{key}: {value}: a share from 0 to 1")
     if isinstance(recipe.max_dropped, str):
         found.append(f"max_dropped: {recipe.max_dropped}: a share from 0 to 1")
+    filters = recipe.filters if isinstance(recipe.filters, list) else [recipe.filters]
+    recipe.filters = [{f: {}} if isinstance(f, str) else f for f in filters]
+    for entry in recipe.filters:
+        settings = list(entry.values()) if isinstance(entry, dict) else []
+        if len(settings) != 1 or not isinstance(settings[0] or {}, dict):
+            found.append(f"filters: {entry}: give a name, or {{Name: {{setting: value}}}}")
     if recipe.max_seq_len is not None and not (
         isinstance(recipe.max_seq_len, int) and recipe.max_seq_len > 1
     ):

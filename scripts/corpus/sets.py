@@ -13,17 +13,18 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from scripts.corpus import columnar, files, passes, table, writer
+from scripts.corpus import columnar, files, filters, passes, pool, table, writer
 from scripts.corpus.derive import Corpus, split
 from scripts.corpus.files import File
-from scripts.corpus.holdout import DROPPED, DUPLICATE, HELD, KINDS, LEAK
+from scripts.corpus.holdout import HELD, KINDS
 from scripts.corpus.lines import BadRow
-from scripts.corpus.prepare import Preparation
+from scripts.corpus.prepare import Preparation, RunPass
 from scripts.corpus.python_docs import PYTHON, python_documentation
 from scripts.corpus.recipe import Recipe, Source
 from scripts.corpus.shapes import CHAT, FOLDERS, PAIR, TEXT, Row
@@ -33,6 +34,7 @@ from scripts.run.errors import InputError
 
 HELD_OUT = {TEXT: "heldout_text.jsonl", CHAT: "heldout_sft.jsonl", PAIR: "heldout_preference.jsonl"}
 CHOICE = "heldout_choice.jsonl"
+PARTIAL = "sets.partial"  # in the stage's directory, until the sets are whole
 
 
 @dataclasses.dataclass
@@ -68,16 +70,26 @@ def find(recipe: Recipe) -> tuple[list[tuple[list[File], float]], list[str]]:
 
 
 class Sets:
-    """Make the sets of one data stage in `folder`; `show(phase, detail)` is told how far it is."""
+    """Make the sets of one data stage in `folder`; `show(phase, detail)` is told how far it is, and
+    `run_pass(name, work)` runs a pass over all units: here, unless another is given."""
 
-    def __init__(self, folder: Path, recipe: Recipe, target: Target, show: Callable[..., None]):
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Recipe,
+        target: Target,
+        show: Callable[[str, str], None],
+        run_pass: RunPass | None = None,
+    ):
         self.recipe, self.target, self.show = recipe, target, show
+        self.run_pass = run_pass or partial(pool.run_pass, show=show)
+        if recipe.filters:
+            filters.check(recipe.filters)
         self.held_out: dict[str, list[dict[str, Any]]] = {}
         self.corpus_digest = ""  # of what was derived
         self.name = ", ".join(Path(source.path).name for source in recipe.sources)
         sources, self.passed = self.sources(folder)
-        self.prepared = Preparation(folder, recipe, sources)
-        self.prepared.show = show
+        self.prepared = Preparation(folder, recipe, sources, self.run_pass)
         if isinstance(recipe.validation, str):
             given, _ = find(dataclasses.replace(recipe, sources=[Source(recipe.validation)]))
             self.prepared.add_validation(given[0][0])
@@ -108,7 +120,7 @@ class Sets:
             self.name = corpus.name
             return corpus, []
         sources, passed = find(self.recipe)
-        work = Preparation(folder, self.recipe, sources).work
+        work = Preparation(folder, self.recipe, sources, self.run_pass).work
         corpus, problems = Corpus(self.name), []
         for number in range(len(work.units)):
             for where, row in passes.read(work, number):
@@ -124,12 +136,12 @@ class Sets:
         """Run every pass, and return the manifest (data.json). Raises InputError."""
         prepared = self.prepared
         prepared.begin()
-        prepared.run("look")
+        self.run("look")
         prepared.decide(prepared.pair_judged_answers())
         self.refuse_what_is_dropped(self.decided("decided"))
         prepared.choose_sample(0 if self.target.model else self.recipe.tokenizer_megabytes)
-        prepared.run("collect")
-        prepared.run("compare")
+        self.run("collect")
+        self.run("compare")
         prepared.find_leaks()
         final = self.decided("final")
         self.refuse_what_is_dropped(final)
@@ -139,9 +151,13 @@ class Sets:
             prepared.work, model=model, vocabulary=self.target.vocabulary, longest=longest
         )
         self.write_held_out()
-        prepared.run("write")
+        self.run("write")
         prepared.check_marks()
         return self.manifest(final)
+
+    def run(self, name: str) -> None:
+        """Run one pass over all units."""
+        self.run_pass(name, self.prepared.work)
 
     def model(self) -> Path:
         """Return the directory with the tokenizer: the model's, or one that is trained now."""
@@ -162,9 +178,10 @@ class Sets:
     def refuse_what_is_dropped(self, decided: Counter[int]) -> None:
         """Raise InputError, before hours of work, if more is dropped than the recipe allows."""
         why: Counter[str] = Counter()
-        for report in self.prepared.reports("look"):
-            why.update(report["dropped"])
-        why.update({writer.WHY[n]: decided[n] for n in (DUPLICATE, LEAK, DROPPED) if decided[n]})
+        for name in self.prepared.work.dropping[:-1]:
+            for report in self.prepared.reports(name):
+                why.update(report["dropped"])
+        why.update({what: decided[n] for n, what in writer.WHY.items() if decided[n]})
         rows = sum(report["rows"] for report in self.prepared.reports("look"))
         self.refuse(why, rows)
 

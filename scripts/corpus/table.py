@@ -40,11 +40,11 @@ def files(work: Work, held: Mapping[int, int]) -> list[dict[str, Any]]:
         look = work.report("look", number)
         row["rows"] += look["rows"]
         row["held"] += held.get(number, 0)
-        for key in ("shapes", "unused", "dropped"):
+        for key in ("shapes", "unused"):
             row[key].update(look[key])
-        last = work.report("write", number)
-        row["kept"].update(last["kept"])
-        row["dropped"].update(last["dropped"])
+        row["kept"].update(work.report("write", number)["kept"])
+        for kind in work.dropping:
+            row["dropped"].update(work.report(kind, number)["dropped"])
     return list(found.values())
 
 
@@ -108,7 +108,7 @@ def dropped_file(work: Work, path: Path) -> None:
     """Gather what every pass has dropped, unit by unit, into one file."""
     with open(path, "wb") as out:
         for number in range(len(work.units)):
-            for kind in ("look", "write"):
+            for kind in work.dropping:
                 part = work.file("dropped", number, f".{kind}.jsonl")
                 if part.exists():
                     out.write(part.read_bytes())

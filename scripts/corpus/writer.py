@@ -16,7 +16,7 @@ import numpy as np
 
 from scripts.corpus import tokens
 from scripts.corpus.chat import Chat, Piece
-from scripts.corpus.holdout import DROPPED, DUPLICATE, KEEP, KINDS, LEAK
+from scripts.corpus.holdout import DROPPED, DUPLICATE, KEEP, KINDS, LEAK, NEAR
 from scripts.corpus.passes import Dropped, Work, mask, rows_of
 from scripts.corpus.shapes import CHAT, FOLDERS, PAIR, TEXT
 from scripts.corpus.turns import Unusable
@@ -25,6 +25,7 @@ from scripts.run.errors import InputError
 ENDINGS = {TEXT: ".ds", CHAT: ".jsonl", PAIR: ".jsonl"}
 WHY = {
     DUPLICATE: "a duplicate of another row",
+    NEAR: "a near-duplicate of another text (MinHash)",
     LEAK: "holds half or more of a held-out row, or has its prompt",
     DROPPED: "a bad answer (label) without a good one to its prompt",
 }

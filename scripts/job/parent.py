@@ -212,7 +212,7 @@ class Parent(Stage):
         if "say" in said:
             self.shown.say(said["say"])
         elif "phase" in said:
-            self.phase(said["phase"])
+            self.phase(said["phase"], said.get("detail", ""))
         else:
             self._steps(said)
 

@@ -43,10 +43,11 @@ class Rank(Stage):
         if self.first:
             tell(**numbers)
 
-    def phase(self, name: str) -> None:
-        """Tell the parent what begins, for example "loads the model"; it is shown with a clock."""
+    def phase(self, name: str, detail: str = "") -> None:
+        """Tell the parent what begins, for example "loads the model"; it is shown with a clock. The
+        same again tells how far it is: `detail`."""
         if self.first:
-            tell(phase=name)
+            tell(phase=name, detail=detail)
 
     def say(self, sentence: str) -> None:
         """Print a sentence to the user and to the log, from whichever rank calls it."""

@@ -75,9 +75,12 @@ def read(verb: str, env: Mapping[str, str]) -> Options:
     if nodes > 1 and cluster == "local":
         mend = f"use GPUS={nodes} for that many processes on it"
         found.append(f"NODES={nodes}: CLUSTER=local is one machine; {mend}")
-    if verb in stages.names() and not stages.row(verb).ranks and nodes * gpus > 1:
-        many = " ".join(f"{k}={n}" for k, n in (("NODES", nodes), ("GPUS", gpus)) if n > 1)
-        found.append(f"{many}: {verb} is one process on one node as yet; leave it out")
+    row = stages.row(verb) if verb in stages.names() else None
+    several = [] if not row or row.ranks else [("GPUS", gpus)]
+    several += [("NODES", nodes)] if row and not row.ranks and not row.spreads else []
+    if any(n > 1 for _, n in several):
+        many = " ".join(f"{k}={n}" for k, n in several if n > 1)
+        found.append(f"{many}: {verb} is one process on one node; leave it out")
     args = {row.name: given.arguments(row) for row in stages.TABLE}
     if given.text("ARGS") and verb == PIPELINE:
         each = " ".join(f"{r.name.upper()}_ARGS" for r in stages.TABLE if r.has_config)

@@ -25,6 +25,8 @@ def prepare(
     """Return the submission of one stage, and the problems found on the way. `pending` names the
     stages that will have finished before it starts."""
     size = (options.nodes, options.gpus) if row.ranks else (1, 1)
+    if row.spreads and options.verb == row.name:
+        size = (options.nodes, 1)
     submission = Submission(options.run.stage(row.name), *size)
     found: list[str] = []
     facts = {"MODEL": options.model, **_data_fact(options, row)}
@@ -62,6 +64,8 @@ def prepare(
     if row.ranks:
         found += _disk_problems(submission, model)
         facts.update(NODES=str(options.nodes), GPUS=str(options.gpus))
+    elif submission.nodes > 1:
+        facts["NODES"] = str(submission.nodes)
     submission.files["stage.env"] = format_env(facts)
     submission.files["args.json"] = dump_json(options.args.get(row.name, []))
     return submission, found

@@ -12,7 +12,8 @@ class StageRow(NamedTuple):
     name: str
     reads: tuple[str, ...]  # "corpus" (DATA as the user has it), "sets" (prepared DATA), "model"
     makes: str  # "sets", "model", "verdict" or "service"
-    ranks: bool = False  # starts NODES × GPUS ranks; any other stage is one process on one node
+    ranks: bool = False  # starts NODES × GPUS ranks; any other stage is one process
+    spreads: bool = False  # that process may run on each of NODES, and share the work
     from_scratch: bool = False  # needs no FROM: the architecture of MODEL is enough
     has_config: bool = True  # has a config, and takes ARGS
     in_line: bool = True  # belongs to make pipeline
@@ -25,7 +26,7 @@ class StageRow(NamedTuple):
 
 
 TABLE = (
-    StageRow("data", ("corpus", "model"), "sets", from_scratch=True),
+    StageRow("data", ("corpus", "model"), "sets", spreads=True, from_scratch=True),
     StageRow(
         "pretrain", ("sets", "model"), "model", ranks=True, from_scratch=True, trains_on="text"
     ),
