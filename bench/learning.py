@@ -39,14 +39,15 @@ def evaluate(run: str, model: Path) -> dict:
     """Return per-item outcomes and bits per byte of one model on every task."""
     make("evaluate", run, FROM=str(model), ARGS=TASKS)
     evaluation = stage_dir(run, "evaluate")
+    results = evaluation / "results"
     return {
         "bits": json.loads((evaluation / "verdict.json").read_text())["scores"][
             "relay_text/bits_per_byte"
         ],
-        "choice": metric(evaluation, "relay_choice", "acc_mutual_info"),
-        "plain": metric(evaluation, "relay_choice", "acc"),
-        "shuffled": metric(evaluation, "relay_choice_shuffled", "acc_mutual_info"),
-        "margin": metric(evaluation, "relay_preference", "margin"),
+        "choice": metric(results, "relay_choice", "acc_mutual_info"),
+        "plain": metric(results, "relay_choice", "acc"),
+        "shuffled": metric(results, "relay_choice_shuffled", "acc_mutual_info"),
+        "margin": metric(results, "relay_preference", "margin"),
     }
 
 

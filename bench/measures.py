@@ -33,9 +33,10 @@ def quiet(words: list[str], env: dict[str, str] | None = None, cwd: Path = ROOT)
     return time.monotonic() - began
 
 
-def samples(evaluation, task):
-    """Return the rows that lm-eval logged for a task of an evaluate stage, by document order."""
-    file = max((evaluation / "results").rglob(f"samples_{task}_2*.jsonl"))
+def samples(folder, task):
+    """Return the rows that lm-eval logged for a task below a folder of an evaluate stage (results,
+    before/<stage>), by document order."""
+    file = max(folder.rglob(f"samples_{task}_2*.jsonl"))
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     return sorted(rows, key=lambda row: row["doc_id"])
 
@@ -62,9 +63,9 @@ def mcnemar_p(before, after):
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
 
 
-def metric(evaluation, task, name):
-    """Return a task's per-item values of one metric."""
-    return [row[name] for row in samples(evaluation, task)]
+def metric(folder, task, name):
+    """Return a task's per-item values of one metric below a folder of an evaluate stage."""
+    return [row[name] for row in samples(folder, task)]
 
 
 def loss_curve(folder: Path) -> list[tuple[int, float]]:

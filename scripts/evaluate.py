@@ -22,13 +22,13 @@ def main(stage: Parent) -> dict:
     if not found:
         found = preflight.memory_problems(modeldir.weight_bytes(source), "the weights")
     floors = files.read_json(stage.directory / gate.FLOORS) or {}
-    if not floors and "PARENT" not in stage.facts:
+    if not floors and gate.before_fact(gate.PARENT) not in stage.facts:
         mend = "without one no model passes; start from the ones in configs/evaluate"
         found.append(f"{stage.directory / gate.FLOORS}: names no floor; {mend}")
     if found:
         raise InputError(found)
     model = stage.digests.describe(source)
-    results, parent = stage.scratch(lm_eval.RESULTS), stage.scratch(lm_eval.PARENT)
+    results, before = stage.scratch(lm_eval.RESULTS), stage.scratch(lm_eval.BEFORE)
     with tempfile.TemporaryDirectory() as folder:
         # The tasks name their files relative to where lm-eval runs, so one task serves every run;
         # and datasets takes [ ] * ? in a run's path for a pattern.
@@ -40,9 +40,12 @@ def main(stage: Parent) -> dict:
         raise RuntimeError(f"{source} was changed while it was evaluated; run the same again")
     tasks = sorted({name.split("/")[0] for name in floors})
     empty = lm_eval.without_data(tasks, stage.directory / "tasks", data)
-    verdict = gate.conclude(results, parent, floors, empty)
-    content = {"model": model, "parent": stage.facts.get("PARENT"), "arguments": stage.arguments}
-    files.write_json(stage.directory / gate.VERDICT, {**content, **verdict})
+    verdict = gate.conclude(results, before, floors, empty)
+    content = {"model": model, "arguments": stage.arguments, **verdict}
+    files.write_json(stage.directory / gate.VERDICT, content)
+    name = source.parent.name if source.name == "model" else source.name
+    for line in gate.changes(verdict, name):
+        stage.shown.say(line)
     measured = [row for row in verdict["floors"] if row["value"] is not None]
     return {
         "inputs": {"model": model, "data": stage.digests.describe(data)},

@@ -154,6 +154,29 @@ def test_a_dry_run_remembers_nothing(run):
     assert not (run.directory / "digests.json").exists()
 
 
+def results(folder, **scores):
+    """Write what lm-eval would: scores of relay_answers and their errors."""
+    found = {"relay_answers": {}}
+    for name, (value, error) in scores.items():
+        found["relay_answers"].update({f"{name},none": value, f"{name}_stderr,none": error})
+    folder.mkdir(parents=True)
+    (folder / "results_1.json").write_text(json.dumps({"results": found}))
+
+
+@pytest.mark.parametrize(("loss", "passed"), [(2.9, True), (3.25, True), (3.4, False)])
+def test_a_model_must_not_be_worse_than_the_one_that_its_run_began_with(tmp_path, loss, passed):
+    results(tmp_path / "results/x", loss=(loss, 0.1))
+    results(tmp_path / "before/parent/x", loss=(3.0, 0.1))
+    results(tmp_path / "before/finetune/x", loss=(9.0, 0.1))  # worse than that is no matter
+    verdict = gate.conclude(tmp_path / "results", tmp_path / "before", {}, [])
+    assert verdict["passed"] is passed
+    assert verdict["floors"][0]["max"] == pytest.approx(3.0 + 2 * 0.1 * 2**0.5)
+    assert gate.changes(verdict, "align") == [
+        f"relay_answers/loss: parent 3.000 ± 0.100, finetune 9.000 ± 0.100, "
+        f"align {loss:.3f} ± 0.100"
+    ]
+
+
 def test_without_floors_nothing_passes():
     assert gate.judge(SCORES, {})["passed"] is False
     assert gate.judge(SCORES, FLOORS)["passed"] is True

@@ -151,7 +151,7 @@ def test_vllm_renders_the_template_byte_for_byte(demo):
 
 def test_lm_eval_renders_the_template_byte_for_byte(demo):
     tokenizer = ChatTokenizer(str(demo["run"] / "align/model"))
-    for row in samples(demo["run"] / "evaluate", "relay_choice")[:50]:
+    for row in samples(demo["run"] / "evaluate/results", "relay_choice")[:50]:
         asked = tokenizer.render(
             [{"role": "user", "content": row["doc"]["question"]}], add_generation_prompt=True
         )
@@ -161,7 +161,7 @@ def test_lm_eval_renders_the_template_byte_for_byte(demo):
 
 
 def test_an_answer_ends_by_itself(demo):
-    question = samples(demo["run"] / "evaluate", "relay_choice")[0]["doc"]["question"]
+    question = samples(demo["run"] / "evaluate/results", "relay_choice")[0]["doc"]["question"]
     body = {"model": "demo", "messages": [{"role": "user", "content": question}], "max_tokens": 200}
     _, answer = request(demo, "/v1/chat/completions", body)
     assert answer["choices"][0]["finish_reason"] == "stop", (
@@ -216,42 +216,26 @@ def test_a_wrong_argument_of_vllm_is_refused(demo):
 
 @pytest.fixture(scope="session")
 def scores(demo):
-    """Evaluations of the model after each stage on the demo's held-out sets; the untrained one
-    needs none."""
-    data = str(demo["run"] / "data")
-    tasks = "relay_text,relay_choice,relay_choice_shuffled,relay_preference"
-    for stage in ("pretrain", "finetune"):
-        make(
-            "evaluate",
-            RUN=f"after-{stage}",
-            FROM=str(demo["run"] / stage / "model"),
-            DATA=data,
-            ARGS=f"--tasks {tasks}",
-        )
-    where = {"pretrain": "after-pretrain", "finetune": "after-finetune", "align": "demo"}
-    found = {}
-    for stage, run in where.items():
-        evaluation = demo["runs"] / run / "evaluate"
+    """What the demo's evaluation says of the model after each stage; of the finetuned one also on
+    shuffled answers."""
+    data, model = str(demo["run"] / "data"), str(demo["run"] / "finetune/model")
+    make("evaluate", RUN="control", FROM=model, DATA=data, ARGS="--tasks relay_choice_shuffled")
+    evaluation, found = demo["run"] / "evaluate", {}
+    verdict = json.loads((evaluation / "verdict.json").read_text())
+    told = {**verdict["before"], "align": verdict}
+    for stage, folder in (("pretrain", "before"), ("finetune", "before"), ("align", "")):
+        logged = evaluation / folder / stage if folder else evaluation / "results"
         found[stage] = {
-            "bits": json.loads((evaluation / "verdict.json").read_text())["scores"][
-                "relay_text/bits_per_byte"
-            ],
-            "choice": metric(evaluation, "relay_choice", "acc_mutual_info"),
-            "plain": metric(evaluation, "relay_choice", "acc"),
-            "shuffled": metric(evaluation, "relay_choice_shuffled", "acc_mutual_info")
-            if stage != "align"
-            else [0, 1],
-            "margin": metric(evaluation, "relay_preference", "margin"),
+            "bits": told[stage]["scores"]["relay_text/bits_per_byte"],
+            "choice": metric(logged, "relay_choice", "acc_mutual_info"),
+            "plain": metric(logged, "relay_choice", "acc"),
+            "margin": metric(logged, "relay_preference", "margin"),
         }
-        values = found[stage]
-        print(
-            stage,
-            values["bits"],
-            *(
-                f"{name} {mean_and_error(values[name])}"
-                for name in ("choice", "plain", "shuffled", "margin")
-            ),
-        )
+    control = demo["runs"] / "control/evaluate/results"
+    found["finetune"]["shuffled"] = metric(control, "relay_choice_shuffled", "acc_mutual_info")
+    for stage, values in found.items():
+        told = [f"{name} {mean_and_error(v)}" for name, v in values.items() if name != "bits"]
+        print(stage, values["bits"], *told)
     return found
 
 
@@ -297,14 +281,20 @@ def test_two_processes_learn_the_same(demo, scores):
     """Half the batch on each of two processes is the same batch: FSDP must agree with one
     process."""
     data = str(demo["run"] / "data")
-    make("pretrain", RUN="two", GPUS="2", DATA=data, ARGS="--training.local_batch_size 2")
+    words = "--training.local_batch_size 2 --validation.enable --validation.freq 225"
+    said = make("pretrain", RUN="two", GPUS="2", DATA=data, ARGS=words).stdout
+    losses = dict(re.findall(r"step (\d+): loss (\d+\.\d+) on held-out text", said))
+    assert list(losses) == ["1", "225", "450"]
+    assert float(losses["450"]) < float(losses["225"]) < float(losses["1"])
     make("finetune", RUN="two", GPUS="2", DATA=data, ARGS="batch_size=2")
     make("evaluate", RUN="two", DATA=data)
     evaluation = demo["runs"] / "two/evaluate"
     bits = json.loads((evaluation / "verdict.json").read_text())["scores"][
         "relay_text/bits_per_byte"
     ]
-    choice, error = mean_and_error(metric(evaluation, "relay_choice", "acc_mutual_info"))
+    choice, error = mean_and_error(
+        metric(evaluation / "results", "relay_choice", "acc_mutual_info")
+    )
     one, one_error = mean_and_error(scores["finetune"]["choice"])
     alone = scores["finetune"]["bits"]
     compared = f"two processes: {bits:.3f} bits, choice {choice:.3f}; one: {alone:.3f}, {one:.3f}"

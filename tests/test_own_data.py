@@ -44,5 +44,8 @@ def test_chats_on_a_model_of_ones_own_pass_the_gate(tmp_path):
     verdict = json.loads((stage_dir("chats", "evaluate") / "verdict.json").read_text())
     assert [row["metric"] for row in verdict["floors"]] == ["relay_answers/loss"]
     assert verdict["passed"]
-    assert verdict["scores"]["relay_answers/loss"] < verdict["parent_scores"]["relay_answers/loss"]
+    assert (
+        verdict["scores"]["relay_answers/loss"]
+        < verdict["before"]["parent"]["scores"]["relay_answers/loss"]
+    )
     assert verdict["errors"]["relay_answers/loss"] > 0

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from scripts.run import files
+from tests.support.models import write_model
+
 ROOT = Path(__file__).resolve().parents[1]
 STUB = """#!/bin/sh
 echo "{name} $*" >> "$CALLS"
@@ -142,6 +145,36 @@ def test_nodes_and_gpus_are_refused_where_they_do_nothing(checkout, stage, name,
     assert f"{name}={value}: {stage} is one process on one node" in result.stderr
 
 
+def test_a_verdict_tells_of_the_models_before(checkout, tmp_path):
+    """Of stages that are still to come as of those that are done; a model that is only read has
+    nothing before it."""
+    parent = write_model(tmp_path / "llama")
+    run = checkout.parent / "runs/x"
+
+    def told(verb, **options):
+        shown = launch(checkout, verb, RUN="x", DRY_RUN="1", **options)
+        assert shown.returncode == 0, shown.stderr
+        text = re.search(r"evaluate/stage.env'? << 'EOF'\n(.*?)EOF", shown.stdout, re.S)[1]
+        facts = files.parse_env(text)
+        return {key: value for key, value in facts.items() if key[:5] in ("PAREN", "AFTER")}
+
+    assert told("pipeline") == {
+        "AFTER_PRETRAIN": "runs/x/pretrain/model",
+        "AFTER_FINETUNE": "runs/x/finetune/model",
+    }
+    for stage, source in (("finetune", parent), ("align", run / "finetune/model")):
+        (run / stage).mkdir(parents=True)
+        (run / stage / "stage.env").write_text(f"FROM={source}\n")
+        (run / stage / "stage.json").write_text('{"status": "done"}')
+        write_model(run / stage / "model")
+    data = {"DATA": str(run / "data")}
+    (run / "data").mkdir()
+    (run / "data/data.json").write_text("{}")
+    after = {"PARENT": str(parent), "AFTER_FINETUNE": "runs/x/finetune/model"}
+    assert told("evaluate", **data) == after
+    assert told("evaluate", FROM=str(parent), **data) == {}
+
+
 def test_data_is_spread_over_nodes_where_it_is_asked_for(checkout):
     """Its bytes do not depend on the nodes, so that another number of them is no other setting."""
     here = {"CLUSTER": "slurm", "RUN": "x", "DRY_RUN": "1"}
@@ -150,7 +183,7 @@ def test_data_is_spread_over_nodes_where_it_is_asked_for(checkout):
     assert "NODES=3" in result.stdout, "slurm/run.sh compares it with what Slurm gave"
     pipeline = launch(checkout, "pipeline", NODES="3", **here).stdout
     assert "--nodes=1 slurm/data.sbatch" in pipeline, "a pipeline spreads what it trains"
-    folder = checkout / "runs/x/data"
+    folder = checkout.parent / "runs/x/data"
     folder.mkdir(parents=True)
     (folder / "stage.env").write_text("MODEL=debug\nNODES=3\n")
     (folder / "stage.json").write_text('{"status": "done", "inputs": {}}')

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from scripts.corpus.tokens import Tokens, dtype, permute
-from scripts.tools.torchtitan_data import TokenLoader
+from scripts.tools.torchtitan_data import IGNORE_INDEX, HeldOutLoader, TokenLoader
 from tests.support.sets import prepare, read_set, write_rows
 
 LENGTH = 8
@@ -21,6 +21,26 @@ def folder(tmp_path_factory):
     for number, part in enumerate([parts[0], parts[1], parts[1][:0], parts[2]]):
         part.tofile(folder / f"{number:05d}.ds")
     return folder
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_held_out_text_is_read_once_by_all_ranks_together(folder, world):
+    """A rank with a batch less than another would let it wait for ever."""
+    tokens = Tokens(folder, LENGTH, 2000)
+    ranks = [list(HeldOutLoader(tokens, 4, rank, world, once=True)) for rank in range(world)]
+    assert len({len(batches) for batches in ranks}) == 1
+    counted = []
+    for inputs, labels in (batch for batches in ranks for batch in batches):
+        assert inputs["input"].shape == labels.shape == (4, LENGTH)
+        for row, label in zip(inputs["input"], labels):
+            if int(label[0]) == IGNORE_INDEX:
+                assert set(label.tolist()) == {IGNORE_INDEX}
+            else:
+                assert label.tolist() == [*row.tolist()[1:], row.tolist()[-1] + 1]
+                counted += row.tolist()
+    assert sorted(counted) == list(range(1000)), "every token once"
+    endless = HeldOutLoader(tokens, 4, 0, 1, once=False)
+    assert len(list(islice(endless, 99))) == 99
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 17, 256, 1000])

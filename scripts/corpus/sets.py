@@ -1,6 +1,6 @@
 """The data stage's work, from its recipe to sets/: what every later stage reads.
 
-text/*.ds        tokens to pretrain on         heldout_text.jsonl
+text/*.ds        tokens to pretrain on         heldout_text.jsonl, heldout_text/*.ds
 sft/*.jsonl      conversations to finetune on  heldout_sft.jsonl, heldout_choice.jsonl
 preference/*.jsonl  pairs to align on          heldout_preference.jsonl
 tokenizer/       where no model was given      dropped.jsonl, sample.txt, data.json
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from scripts.corpus import columnar, files, filters, passes, pool, table, writer
+from scripts.corpus import columnar, files, filters, passes, pool, table, tokens, writer
 from scripts.corpus.derive import Corpus, split
 from scripts.corpus.files import File
 from scripts.corpus.holdout import HELD, KINDS
@@ -219,6 +219,9 @@ class Sets:
         for name, content in self.held_out.items():
             with open(self.out / name, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
+        texts = (row["text"] for row in self.held_out[HELD_OUT[TEXT]])
+        documents = writer.chat_of(work.model).encode_documents(list(texts))
+        tokens.write(self.out / tokens.HELD_TEXT, documents, work.vocabulary)
 
     def manifest(self, final: Counter[int]) -> dict[str, Any]:
         """Write what describes the sets beside them; return the manifest. Raises InputError if too
@@ -235,7 +238,9 @@ class Sets:
             raise InputError("DATA: no row is left to train on")
         reports = [work.report("write", n) for n in numbers]
         asked, turns = min(
-            (r["sample"] for r in reports if r["sample"]), key=_size, default=("", [])
+            (r["sample"] for r in reports if r["sample"]),
+            key=lambda said: len(said[0]),
+            default=("", []),
         )
         table.dropped_file(work, self.out / "dropped.jsonl")
         if turns:
@@ -292,7 +297,3 @@ def _questions(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         for (question, row), other in zip(asked, others)
     ]
-
-
-def _size(sample: list[Any]) -> int:
-    return len(sample[0])

@@ -9,16 +9,28 @@ order, are one stream.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 MASK = (1 << 64) - 1
+HELD_TEXT = "heldout_text"  # the folder of held-out tokens in sets/
 
 
 def dtype(vocabulary: int) -> type[np.unsignedinteger]:
     """Return the type that holds every token number of a vocabulary."""
     return np.uint16 if vocabulary < 1 << 16 else np.uint32
+
+
+def write(folder: Path, documents: Sequence[Sequence[int]], vocabulary: int) -> None:
+    """Write documents as one shard of a new folder; nothing where there are none."""
+    folder.mkdir(exist_ok=True)
+    if documents:
+        parts = [np.asarray(ids, dtype(vocabulary)) for ids in documents]
+        np.concatenate(parts).tofile(folder / "00000.ds")
+        ends = np.cumsum([len(part) for part in parts], dtype=np.uint64)
+        ends.tofile(folder / "00000.ds.index")
 
 
 class Tokens:
@@ -41,7 +53,12 @@ class Tokens:
         """Return a sequence, int64 of shape (length + 1,), by its number from the first epoch's
         first on."""
         epoch, place = divmod(number, self.sequences)
-        start = permute(place, self.sequences, self.seed + epoch) * self.length
+        return self.in_order(permute(place, self.sequences, self.seed + epoch))
+
+    def in_order(self, number: int) -> np.ndarray:
+        """Return a sequence, int64 of shape (length + 1,), by its place in the text; after the last
+        comes the first."""
+        start = number % self.sequences * self.length
         return self.read(start, start + self.length + 1)
 
     def read(self, start: int, end: int) -> np.ndarray:

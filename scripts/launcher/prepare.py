@@ -54,9 +54,8 @@ def prepare(
     if kinds is not None and row.trains_on not in kinds:
         found.append(sources.lacks(options, row, kinds))
     if row.makes == "verdict" and model:
-        parent = _parent(options, model)
-        if parent:
-            facts["PARENT"] = as_fact(parent, options.run.root)
+        for name, earlier in _before(options, model, pending):
+            facts[gate.before_fact(name)] = as_fact(earlier, options.run.root)
     if row.serves:
         facts.update(BIND=options.bind, PORT=options.port)
         found += _service_problems(options, facts)
@@ -97,20 +96,26 @@ def _model_read(options: Options, row: StageRow, pending: tuple[str, ...]) -> Op
     return None
 
 
-def _parent(options: Options, model: Path) -> Optional[Path]:
-    """Return the model that a run began with: FROM of the first stage that trained what is read
-    now. None for one born in the run, or one that the run only reads."""
-    if model.parent.parent != options.run.directory:
-        return None
-    if options.verb == PIPELINE and options.from_:
-        return Path(options.from_)
+def _before(options: Options, model: Path, pending: tuple[str, ...]) -> list[tuple[str, Path]]:
+    """List (stage, model) of what a model of the run was trained from, first to last; the one that
+    the run began with is called gate.PARENT. Empty for a model that the run only reads."""
+    found: list[tuple[str, Path]] = []
     while model.parent.parent == options.run.directory:
+        name = model.parent.name
         facts = model.parent / "stage.env"
-        source = read_env(facts).get("FROM") if facts.exists() else None
-        if not source:
-            return None
-        model = from_fact(source, options.run.root)
-    return model
+        if name in pending:
+            earlier = tuple(p for p in pending if p in stages.before(name))
+            source = _model_read(options, stages.row(name), earlier)
+        elif facts.exists() and "FROM" in read_env(facts):
+            source = from_fact(read_env(facts)["FROM"], options.run.root)
+        else:
+            source = None
+        if source is None:
+            break
+        inside = source.parent.parent == options.run.directory
+        found.insert(0, (source.parent.name if inside else gate.PARENT, source))
+        model = source
+    return found
 
 
 def _add_architecture(submission: Submission, model: str) -> list[str]:

@@ -7,15 +7,17 @@ one model, by its digest, held against the floors. deploy serves no model withou
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from scripts.run.digests import Digests
 from scripts.run.files import read_json
 from scripts.run.layout import finished, relative
-from scripts.run.stages import maker
+from scripts.run.stages import maker, trained
 
 VERDICT, FLOORS = "verdict.json", "floors.json"
+PARENT = "parent"  # what the model is called that a run began with
 # What a model must not lose against the one that its run began with, and which way is better.
 WATCHED = {
     "relay_text/document_bits_per_byte": "less",
@@ -24,6 +26,16 @@ WATCHED = {
     "relay_choice/acc": "more",
 }
 ERRORS = 2  # standard errors of a difference that may be chance
+
+
+def before_fact(name: str) -> str:
+    """Return the fact that names the model of an earlier stage, or of PARENT."""
+    return f"AFTER_{name.upper()}" if name != PARENT else "PARENT"
+
+
+def before(facts: Mapping[str, str]) -> list[str]:
+    """Name what the facts say was there before the model that is judged: PARENT, and stages."""
+    return [name for name in (PARENT, *trained()) if before_fact(name) in facts]
 
 
 def read_scores(results: Path) -> dict[str, float]:
@@ -63,19 +75,50 @@ def not_worse(parent: Path, results: Path) -> dict[str, dict[str, float]]:
 
 
 def conclude(
-    results: Path, parent: Path, floors: dict[str, dict[str, float]], empty: list[str]
+    results: Path, before: Path, floors: dict[str, dict[str, float]], empty: list[str]
 ) -> dict[str, Any]:
     """Judge what lm-eval wrote below `results`, by the floors of tasks that are not `empty` (the
-    data has no rows for them) and, if it wrote anything below `parent`, by its parent's scores."""
-    now, before = (next(folder.rglob("results_*.json"), None) for folder in (results, parent))
+    data has no rows for them), and by what it wrote below before/<PARENT>, if it did. What it wrote
+    below before/<stage> is told beside it."""
+    now = _newest(results)
     if now is None:
         raise FileNotFoundError(f"{results}: no results_*.json")
     floors = {name: bound for name, bound in floors.items() if name.split("/")[0] not in empty}
-    found = {"without_data": empty, "errors": read_errors(now)}
-    if before:
-        floors = {**not_worse(before, now), **floors}
-        found["parent_scores"] = read_scores(before)
-    return {**found, **judge(read_scores(now), floors)}
+    earlier = {name: _newest(before / name) for name in (PARENT, *trained())}
+    written = {name: path for name, path in earlier.items() if path}
+    if PARENT in written:
+        floors = {**not_worse(written[PARENT], now), **floors}
+    return {
+        "without_data": empty,
+        "errors": read_errors(now),
+        "before": {
+            name: {"scores": read_scores(path), "errors": read_errors(path)}
+            for name, path in written.items()
+        },
+        **judge(read_scores(now), floors),
+    }
+
+
+def _newest(folder: Path) -> Optional[Path]:
+    return max(folder.rglob("results_*.json"), default=None)
+
+
+def changes(verdict: Mapping[str, Any], name: str) -> list[str]:
+    """Format one line for each score that is watched or has a floor: what it was after each stage,
+    and of the model that is judged, made by the stage `name`."""
+    wanted = dict.fromkeys([*WATCHED, *(row["metric"] for row in verdict["floors"])])
+    models = {**verdict["before"], name: verdict}
+    found = []
+    for metric in wanted:
+        told = []
+        for model, said in models.items():
+            if metric in said["scores"]:
+                error = said["errors"].get(metric)
+                more = f" ± {error:.3f}" if error else ""
+                told.append(f"{model} {said['scores'][metric]:.3f}{more}")
+        if told:
+            found.append(f"{metric}: {', '.join(told)}")
+    return found
 
 
 def judge(scores: dict[str, float], floors: dict[str, dict[str, float]]) -> dict[str, Any]:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from scripts.job.rank import Rank
+from scripts.run import gate
 from scripts.run.errors import InputError
 from scripts.tools import patches
 from scripts.tools.config_check import against_dataclass
 
-RESULTS, PARENT = "results", "parent"  # where in the stage's directory lm-eval writes
+RESULTS, BEFORE = "results", "before"  # where in the stage's directory lm-eval writes
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 def evaluate(rank: Rank) -> None:
     """Run lm-eval's own command line on FROM, with the run's tasks that DATA has rows for; then on
-    PARENT, the model that the run began with, if there is one.
+    each model that FROM was trained from, as far as it is still there.
 
     Raises InputError with every unknown key and wrong type of its config at once.
     """
@@ -47,18 +48,26 @@ def evaluate(rank: Rank) -> None:
         raise InputError([f"{rank.config}: {problem}" for problem in found])
     names = with_data(config.get("tasks") or [], tasks, rank.path("DATA"))
     upstream = evaluator.evaluate
-    for fact, folder, which in (("FROM", RESULTS, ""), ("PARENT", PARENT, "the parent ")):
-        if fact not in rank.facts:
+    models = {"the model": ("FROM", RESULTS)}
+    for name in gate.before(rank.facts):
+        models[f"the model of {name}"] = gate.before_fact(name), f"{BEFORE}/{name}"
+    for which, (fact, folder) in models.items():
+        try:
+            source = rank.path(fact)
+        except InputError:
+            if fact == "FROM":
+                raise
+            rank.say(f"{which} is not there any more: not evaluated")
             continue
 
         def evaluate_with_phase(*arguments: Any, which: str = which, **keywords: Any) -> Any:
-            rank.phase(f"evaluates {which}".strip())
+            rank.phase(f"evaluates {which}")
             return upstream(*arguments, **keywords)
 
         evaluator.evaluate = evaluate_with_phase  # called when the model is loaded
-        rank.phase(f"loads {which or 'the '}model".replace("parent model", "parent"))
+        rank.phase(f"loads {which}")
         # On the command line model_args replace the config's, so these carry both.
-        model = json.dumps({**config.get("model_args", {}), "pretrained": str(rank.path(fact))})
+        model = json.dumps({**config.get("model_args", {}), "pretrained": str(source)})
         sys.argv = ["lm_eval", "run", "--config", str(rank.config), "--include_path", str(tasks)]
         sys.argv += ["--output_path", str(rank.directory / folder), "--log_samples"]
         sys.argv += ["--tasks", ",".join(names), "--model_args", model, *rank.arguments]

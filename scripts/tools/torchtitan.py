@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from scripts.corpus.tokens import HELD_TEXT, Tokens
 from scripts.job.rank import Rank
 from scripts.run import preflight
 from scripts.run.errors import InputError
@@ -88,9 +89,24 @@ def check(stage: Rank, config) -> None:
             f"training.seq_len {config.training.seq_len} is more than the model's "
             f"max_position_embeddings {context}"
         )
+    if config.validation.enable:
+        found += _validation_problems(stage, config, context, made["vocabulary"])
     found += _needs(stage, config, world)
     if found:
         raise InputError(found)
+
+
+def _validation_problems(stage: Rank, config, context: int, vocabulary: int) -> list[str]:
+    """Return why the held-out text cannot be validated with."""
+    length, folder = config.validation.seq_len, stage.path("DATA") / HELD_TEXT
+    if length > context:
+        return [f"validation.seq_len {length} is more than max_position_embeddings {context}"]
+    if Tokens(folder, length, vocabulary).sequences:
+        return []
+    return [
+        f"validation.enable: {folder} holds less than one sequence of {length} tokens; a smaller "
+        "--validation.seq_len, or more held out (make data VALIDATION=)"
+    ]
 
 
 def _needs(stage: Rank, config, world: int) -> list[str]:
@@ -231,14 +247,17 @@ def export(trainer, directory: Path) -> None:
 
 def _register(stage: Rank) -> None:
     """Make torchtitan know the run's model and token shards under the name SPEC."""
+    from torchtitan.components import validate
     from torchtitan.models.llama3 import get_train_spec
     from torchtitan.protocols.train_spec import register_train_spec
 
     from scripts.tools.architecture import torchtitan_model_args
-    from scripts.tools.torchtitan_data import builder
+    from scripts.tools.torchtitan_data import builder, validation_builder
 
     data = stage.path("DATA")
     vocabulary = read_json(data / "data.json")["vocabulary"]
+    # Its validator asks for this by name, and would download allenai/c4.
+    validate.build_text_validation_dataloader = validation_builder(data / HELD_TEXT, vocabulary)
     spec = dataclasses.replace(
         get_train_spec(),
         model_args={SPEC: torchtitan_model_args(_assets(stage) / "config.json")},
@@ -248,9 +267,10 @@ def _register(stage: Rank) -> None:
 
 
 def _report_progress(stage: Rank, trainer) -> None:
-    """Wrap torchtitan's metrics.log, to report step, loss and speed to the parent as well."""
+    """Wrap torchtitan's metrics.log, to report step, loss and speed to the parent as well; and
+    log_validation, whose loss is a sentence."""
     metrics = trainer.metrics_processor
-    upstream = metrics.log
+    upstream, upstream_validation = metrics.log, metrics.log_validation
 
     def log(step, loss, *arguments, **keywords):
         import time
@@ -260,4 +280,9 @@ def _report_progress(stage: Rank, trainer) -> None:
         numbers = {"loss": round(loss, 4), "tokens_per_second": round(speed)}
         stage.report(step=step, total=trainer.job_config.training.steps, **numbers)
 
-    metrics.log = log
+    def log_validation(loss, step, *arguments, **keywords):
+        upstream_validation(loss, step, *arguments, **keywords)
+        if stage.first:
+            stage.say(f"step {step}: loss {loss:.4f} on held-out text")
+
+    metrics.log, metrics.log_validation = log, log_validation

@@ -1,4 +1,4 @@
-"""torchtitan's loader over the data stage's token shards.
+"""torchtitan's loaders over the data stage's token shards, to train on and to validate with.
 
 torchtitan's own tokenises the text again in each epoch, in the training process, and has no
 shuffle. Here the order is a function of the seed and the epoch, and the state is one number.
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.components.loss import IGNORE_INDEX
 
 from scripts.corpus.tokens import Tokens
 
@@ -61,6 +62,42 @@ class TokenLoader(BaseDataLoader):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self.done = state[f"dp_rank_{self.rank}"]
+
+
+class HeldOutLoader(BaseDataLoader):
+    """Hand one data-parallel rank its part of the held-out text, in order: all of it once, or
+    without end.
+
+    Every rank has as many batches, or the others would wait for ever: what is beyond the text has
+    labels that count for nothing.
+    """
+
+    def __init__(self, tokens: Tokens, batch: int, rank: int, world: int, once: bool):
+        self.tokens, self.batch, self.once = tokens, batch, once
+        self.rank, self.world = rank, world
+
+    def __iter__(self) -> Iterator[Any]:
+        total, first = self.tokens.sequences, 0
+        while first < total or not self.once:
+            numbers = range(first + self.rank * self.batch, first + (self.rank + 1) * self.batch)
+            rows = torch.stack([torch.from_numpy(self.tokens.in_order(n)) for n in numbers])
+            labels = rows[:, 1:].clone()
+            if self.once:
+                labels[torch.tensor(numbers) >= total] = IGNORE_INDEX
+            yield {"input": rows[:, :-1]}, labels
+            first += self.batch * self.world
+
+
+def validation_builder(folder: Path, vocabulary: int):
+    """Return what torchtitan calls to make a rank's loader of held-out text."""
+
+    def build(dp_world_size: int, dp_rank: int, job_config: Any, infinite: bool, **_: Any):
+        settings = job_config.validation
+        tokens = Tokens(folder, settings.seq_len, vocabulary)
+        size = settings.local_batch_size
+        return HeldOutLoader(tokens, size, dp_rank, dp_world_size, once=not infinite)
+
+    return build
 
 
 def builder(folder: Path, vocabulary: int):

@@ -33,10 +33,6 @@ WORKS: dict[str, tuple[Any, str]] = {
         "torchft is not installed and torchtitan trains without it; a stopped run is resumed by "
         "the same command",
     ),
-    "validation.enable": (
-        False,
-        "it downloads allenai/c4, not this run's held-out set; use make evaluate",
-    ),
     "memory_estimation.enable": (False, "torchtitan's trainer ignores it"),
     "comm.mode": ("default", "the ranks would train without exchanging anything"),
     "optimizer.early_step_in_backward": (
