@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from scripts.corpus import passes, pool, recipe, writer
+from scripts.corpus import passes, pool, recipe, table, writer
 from scripts.corpus import prepare as preparing
 from scripts.corpus.chat import Chat
 from scripts.corpus.holdout import words
@@ -396,6 +396,11 @@ def test_a_weight_is_how_often_a_row_stands(tmp_path):
     assert 570 < len(rows) < 630
     assert {rows.count(row) for row in rows} == {2, 3}
     assert manifest["lengths"]["chat"]["rows"] == len(rows)
+    manifest, out = prepared(tmp_path / "less", chats(), weight=0.5, validation=0.0)
+    row = manifest["files"][0]
+    assert 100 < row["left_out"] < 140
+    assert row["kept"]["chat"] == 240 - row["left_out"]
+    assert f"left out by its weight {row['left_out']}" in "".join(table.lines(manifest, "sets"))
 
 
 def test_rows_that_are_not_understood_are_refused_or_dropped(tmp_path):

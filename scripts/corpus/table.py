@@ -18,7 +18,8 @@ QUANTILES = {"least": 0.0, "median": 0.5, "95 %": 0.95, "most": 1.0}
 
 
 def files(work: Work, held: Mapping[int, int]) -> list[dict[str, Any]]:
-    """Count the rows of each file: {"file", "rows", "shapes", "unused", "kept", "held", "dropped"}.
+    """Count the rows of each file: {"file", "rows", "shapes", "unused", "kept", "held", "left_out",
+    "dropped"}, in rows.
 
     `held`: rows held out, by unit.
     """
@@ -34,6 +35,7 @@ def files(work: Work, held: Mapping[int, int]) -> list[dict[str, Any]]:
                 "unused": Counter(),
                 "kept": Counter(),
                 "held": 0,
+                "left_out": 0,  # by a weight below 1
                 "dropped": Counter(),
             },
         )
@@ -42,7 +44,9 @@ def files(work: Work, held: Mapping[int, int]) -> list[dict[str, Any]]:
         row["held"] += held.get(number, 0)
         for key in ("shapes", "unused"):
             row[key].update(look[key])
-        row["kept"].update(work.report("write", number)["kept"])
+        last = work.report("write", number)
+        row["kept"].update(last["kept"])
+        row["left_out"] += last["left_out"]
         for kind in work.dropping:
             row["dropped"].update(work.report(kind, number)["dropped"])
     return list(found.values())
@@ -60,6 +64,7 @@ def lines(manifest: Mapping[str, Any], folder: str) -> list[str]:
             + (f" (not used: {unused})" if unused else "")
             + f"; kept {kept:,}, held out {row['held']:,}, "
             + f"dropped {sum(row['dropped'].values()):,}"
+            + (f", left out by its weight {row['left_out']:,}" if row["left_out"] else "")
         )
     if len(counts) > SHOWN:
         found.append(f"… and {len(counts) - SHOWN} more files (data.json lists them)")

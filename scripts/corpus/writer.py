@@ -53,6 +53,7 @@ class _Writer:
         self.dropped = Dropped(work, "write", number)
         self.lengths = {kind: array("I") for kind in KINDS}
         self.kept: Counter[str] = Counter()
+        self.left_out = 0  # rows that a weight below 1 leaves out
         self.sample: list[Any] = []
 
     def run(self) -> None:
@@ -73,8 +74,8 @@ class _Writer:
                 part.unlink()
         lengths = {kind: np.array(found, np.uint32) for kind, found in self.lengths.items()}
         np.savez(self.work.file("write", self.number, ".npz"), **lengths)
-        report = {"kept": self.kept, "dropped": self.dropped.save(), "sample": self.sample}
-        self.work.finish("write", self.number, report)
+        report = {"kept": self.kept, "left_out": self.left_out, "sample": self.sample}
+        self.work.finish("write", self.number, {**report, "dropped": self.dropped.save()})
 
     def batches(self) -> Iterator[tuple[str, Batch]]:
         """Gather rows of one kind until they hold BATCH characters."""
@@ -88,6 +89,7 @@ class _Writer:
                 continue
             # A weight's fraction is the share of rows that stand once more, by their hash.
             copies = int(weight) + (int(whole[index]) / (1 << 64) < weight % 1)
+            self.left_out += not copies
             if copies:
                 gathered[kind].append((where, content, copies))
                 size[kind] += len(content["text"]) if kind == TEXT else 4000
