@@ -32,7 +32,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 def evaluate(rank: Rank) -> None:
     """Run lm-eval's own command line on FROM, with the run's tasks that DATA has rows for; then on
-    each model that FROM was trained from, as far as it is still there.
+    each model that FROM was trained from; of those only the parent must still be there.
 
     Raises InputError with every unknown key and wrong type of its config at once.
     """
@@ -50,12 +50,13 @@ def evaluate(rank: Rank) -> None:
     upstream = evaluator.evaluate
     models = {"the model": ("FROM", RESULTS)}
     for name in gate.before(rank.facts):
-        models[f"the model of {name}"] = gate.before_fact(name), f"{BEFORE}/{name}"
+        which = "the parent" if name == gate.PARENT else f"the model of {name}"
+        models[which] = gate.before_fact(name), f"{BEFORE}/{name}"
     for which, (fact, folder) in models.items():
         try:
             source = rank.path(fact)
         except InputError:
-            if fact == "FROM":
+            if fact in ("FROM", gate.before_fact(gate.PARENT)):  # what the verdict is about
                 raise
             rank.say(f"{which} is not there any more: not evaluated")
             continue
