@@ -12,7 +12,7 @@ from scripts.corpus.python_docs import PYTHON
 from scripts.job.main import run
 from scripts.job.parent import Parent
 from scripts.run import files
-from scripts.run.layout import as_fact
+from scripts.run.layout import relative
 from scripts.tools.data_nodes import make_sets
 
 
@@ -27,7 +27,7 @@ def main(stage: Parent) -> dict:
     os.replace(partial / "out", final)
     shutil.rmtree(partial)
     (stage.directory / "derived.jsonl").unlink(missing_ok=True)
-    for line in table.lines(manifest, as_fact(final, stage.run.root)):
+    for line in table.lines(manifest, relative(final)):
         stage.shown.say(line)
     describe = stage.digests.describe
     paths = {f"source {n}": s.path for n, s in enumerate(settings.sources, 1) if s.path != PYTHON}

@@ -206,6 +206,12 @@ def test_validation_of_the_users_own(tmp_path):
     assert len(read_set(out, "heldout_sft.jsonl")) == 10
 
 
+def test_validation_may_not_be_a_source(tmp_path):
+    source = write_rows(tmp_path / "chats/a.jsonl", chats())
+    with pytest.raises(InputError, match=r"a.jsonl: is in DATA, too"):
+        prepare(tmp_path / "stage", source.parent, validation=str(source))
+
+
 def test_more_dropped_than_allowed_stops(tmp_path):
     with pytest.raises(InputError) as problem:
         prepared(tmp_path, chats() + chats())

@@ -43,11 +43,11 @@ def check(given: list[dict[str, dict[str, Any]]]) -> None:
         try:
             step = _signatures(Path(), settings) if name == MINHASH else _filter(name, settings)
             getattr(getattr(step, "model", None), "model", None)  # loads a language's model
+        except TypeError as problem:
+            found.append(f"filters: {name}: {str(problem).rpartition('() ')[2]}")
         except Exception as problem:  # whatever a filter refuses, or cannot download
             away = isinstance(problem, OSError)
-            mend = (
-                "; where there is a line, the first use keeps it in HF_ASSETS_CACHE" if away else ""
-            )
+            mend = "; leave it out, or run it once on a machine that reaches it" if away else ""
             found.append(f"filters: {name}: {problem}{mend}")
     if found:
         raise InputError(found)

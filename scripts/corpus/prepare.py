@@ -60,7 +60,12 @@ class Preparation:
         self.work = Work(folder, tuple(units), tuple(weights), recipe, folder)
 
     def add_validation(self, found: list[File]) -> None:
-        """Add the files whose rows are all held out."""
+        """Add the files whose rows are all held out. Raises InputError for those that are read to
+        train on: their rows would be counted twice, and none of them trained on."""
+        read = {file.path.resolve() for file in self.files}
+        both = [str(file.path) for file in found if file.path.resolve() in read]
+        if both:
+            raise InputError(f"VALIDATION: {', '.join(both[:5])}: is in DATA, too; give other rows")
         units = [unit for file in found for unit in columnar.units(file, UNIT[1])]
         self.files += found
         self.validation |= {file.path for file in found}

@@ -144,5 +144,5 @@ def _problems(recipe: Recipe) -> list[str]:
                 raise ValueError
             recipe.sources.append(Source(made.path, float(made.weight)))
         except (TypeError, ValueError):
-            found.append(f"sources: {source}: give a path, or {{path: …, weight: above 0}}")
+            found.append(f"sources: {source}: give a path, or {{path: …, weight: above 0}} alone")
     return found
