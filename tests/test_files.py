@@ -220,6 +220,9 @@ def test_a_preview_says_what_a_folder_holds(tmp_path):
     seen = preview(tmp_path, {})
     assert "d.jsonl: line 1: columns antwort, frage fit no shape" in seen.problems[0]
     assert preview(tmp_path, {"prompt": "frage", "completion": "antwort"}).problems == []
+    (tmp_path / "c.parquet").unlink()  # it might have the column
+    named = preview(tmp_path, {"prompt": "frage", "completion": "anwort"}).problems
+    assert named[0].startswith("COLUMNS: anwort: no such column; there are ")
 
 
 def test_a_data_set_of_the_hub_is_asked_for_and_staging_is_told(tmp_path, monkeypatch):

@@ -35,10 +35,15 @@ def preview(path: Path, columns: Mapping[str, str]) -> Preview:
         return Preview(frozenset(), False, error.problems)
     kinds: set[str] = set()
     problems: list[str] = []
+    names: set[str] = set()
     for file in files[:FILES]:
         if _readable(file):
-            _look(file, columns, kinds, problems)
+            names |= _look(file, columns, kinds, problems)
     whole = all(map(_readable, files[:FILES])) and len(files) <= FILES
+    absent = [name for name in columns.values() if name not in names]
+    if absent and names and whole:
+        there = ", ".join(sorted(names)[:20])
+        problems.insert(0, f"COLUMNS: {', '.join(absent)}: no such column; there are {there}")
     return Preview(frozenset(kinds), whole, problems[:20])
 
 
@@ -46,13 +51,16 @@ def _readable(file: File) -> bool:
     return file.format not in ("parquet", "arrow") and file.compression != ".zst"
 
 
-def _look(file: File, columns: Mapping[str, str], kinds: set[str], problems: list[str]) -> None:
+def _look(file: File, columns: Mapping[str, str], kinds: set[str], problems: list[str]) -> set[str]:
+    """Add what the first rows of a file are, and what is wrong with them; return their columns."""
+    names: set[str] = set()
     try:
         with open_plain(file) as stream:
             for where, raw in islice(rows(Unit(file), stream), ROWS):
                 try:
                     if isinstance(raw, BadRow):
                         raise Unknown(raw.why)
+                    names |= set(raw) if isinstance(raw, dict) else set()
                     kind = read_row(raw, columns).kind
                     kinds |= {CHAT, PAIR} if kind == JUDGED else {kind}
                 except Unknown as problem:
@@ -61,3 +69,4 @@ def _look(file: File, columns: Mapping[str, str], kinds: set[str], problems: lis
                     pass
     except InputError as error:
         problems += error.problems
+    return names
