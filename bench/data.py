@@ -130,12 +130,10 @@ def main() -> None:
             seconds, peak = prepare("whole", source, folder)
             sets = folder / "runs/whole/data/sets"
             alone = tokenizer_alone(source, sets / "tokenizer/tokenizer.json")
-            again = "not tried"
-            if megabytes <= 1000:
-                prepare("killed", source, folder, kill_after=seconds * 0.7)
-                rest, _ = prepare("killed", source, folder)
-                same = digest(sets) == digest(folder / "runs/killed/data/sets")
-                again = f"{'the same bytes' if same else 'OTHER BYTES'}, {rest:.0f} s"
+            prepare("killed", source, folder, kill_after=seconds * 0.7)
+            rest, _ = prepare("killed", source, folder)
+            same = digest(sets) == digest(folder / "runs/killed/data/sets")
+            again = f"{'the same bytes' if same else 'OTHER BYTES'}, {rest:.0f} s"
             rate = source.stat().st_size / 1e6 / seconds
             print(
                 f"| {megabytes} | {seconds:.0f} | {rate:.2f} | {rate / alone:.0%} of {alone:.2f} "
