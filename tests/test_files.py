@@ -190,7 +190,7 @@ def test_a_line_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
     ("raw", "why"),
     [
         (b'{"text": "cut', "line 3: not JSON (Unterminated string"),
-        (b"nope", "line 3: not JSON (Expecting value at column 1)"),
+        (b"nope", "line 3: not JSON (Expecting value: column 1)"),
         (b'{"text": "tw\xff"}', "line 3: not UTF-8 (byte 0xff"),
         (b"[" * 100_000, "line 3: not JSON"),
     ],
@@ -223,6 +223,10 @@ def test_a_preview_says_what_a_folder_holds(tmp_path):
     (tmp_path / "c.parquet").unlink()  # it might have the column
     named = preview(tmp_path, {"prompt": "frage", "completion": "anwort"}).problems
     assert named[0].startswith("COLUMNS: anwort: no such column; there are ")
+    assert preview(tmp_path, {"promt": "frage", "antwort": "answer"}).problems == [
+        "COLUMNS: promt=frage: promt is no name of ours; did you mean prompt?",
+        "COLUMNS: antwort=answer: antwort is no name of ours; turn it round: answer=antwort",
+    ]
 
 
 def test_a_data_set_of_the_hub_is_asked_for_and_staging_is_told(tmp_path, monkeypatch):

@@ -105,8 +105,8 @@ def test_null_columns_and_mixed_rows(tmp_path):
 def test_weights_and_labels_are_respected(tmp_path):
     no, yes = ({"role": "assistant", "content": text} for text in ("WRONG one", "Right, it is"))
     masked = [{"messages": [asked(n), {**no, "weight": 0}, asked(n), yes]} for n in range(900, 906)]
-    judged = [{"messages": [asked(n), no], "label": False} for n in range(800, 806)]
-    manifest, out = prepared(tmp_path, chats() + masked + judged, duplicates="keep")
+    bad = [{"messages": [asked(n), no], "label": False} for n in range(800, 806)]
+    manifest, out = prepared(tmp_path, chats() + masked + bad, duplicates="keep")
     assert sum(kept(manifest, "sft")) == 246
     assert manifest["dropped"] == {"a bad answer (label) without a good one to its prompt": 6}
     turns = [
@@ -116,13 +116,17 @@ def test_weights_and_labels_are_respected(tmp_path):
     assert {t["weight"] for t in turns} == {0}, "and never learned"
 
 
-def test_judged_answers_become_pairs_where_both_exist(tmp_path):
-    rows = [
+def judged(numbers):
+    """Return a good and a bad answer to each question."""
+    return [
         {"prompt": asked(n)["content"], "completion": text, "label": label}
-        for n in range(60)
+        for n in numbers
         for text, label in ((answer(n)["content"], True), (answer(n + 500)["content"], False))
     ]
-    manifest, out = prepared(tmp_path, rows)
+
+
+def test_judged_answers_become_pairs_where_both_exist(tmp_path):
+    manifest, out = prepared(tmp_path, judged(range(60)))
     assert sum(kept(manifest, "preference")) == 60
     assert sum(kept(manifest, "sft")) == 60
     assert manifest["dropped"] == {}
@@ -130,6 +134,17 @@ def test_judged_answers_become_pairs_where_both_exist(tmp_path):
     n = next(n for n in range(60) if asked(n)["content"] == row["chosen"][0]["content"])
     assert row["chosen"][1]["content"] == answer(n)["content"]
     assert row["rejected"][1]["content"] == answer(n + 500)["content"]
+    assert [row["paired"] for row in manifest["files"]] == [60, 0]
+    assert "bad answers of pairs 60" in "".join(table.lines(manifest, "sets"))
+
+
+def test_pairs_of_judged_answers_have_their_sources_weight_and_validation(tmp_path):
+    given = write_rows(tmp_path / "held.jsonl", judged(range(100, 130)))
+    manifest, out = prepared(tmp_path, judged(range(60)), weight=2, validation=str(given))
+    assert kept(manifest, "preference") == (60, 30)
+    assert kept(manifest, "sft") == (60, 30)
+    assert len(read_set(out, "preference")) == 120, "each twice"
+    assert manifest["dropped"] == {}
     bad = {answer(n + 500)["content"] for n in range(60)}
     assert not bad & {row["messages"][-1]["content"] for row in read_set(out, "sft")}
 
@@ -258,7 +273,8 @@ def test_two_long_rows_among_twenty_held_out_are_chance(tmp_path):
             "messages": [rows[at]["messages"][0], {"role": "assistant", "content": "long " * 300}]
         }
     manifest, _ = prepared(tmp_path / "second", rows)
-    assert manifest["dropped"] == {"longer than 256 tokens": 3}
+    assert manifest["dropped"] == {"held out, but longer than 256 tokens": 3}
+    assert manifest["files"][0]["held"] == manifest["rows"]["heldout_sft"] == len(held) - 3
 
 
 def test_a_recipe_may_name_its_validation(tmp_path):
@@ -418,6 +434,8 @@ def test_rows_that_are_not_understood_are_refused_or_dropped(tmp_path):
     assert "bad_rows=drop" in problem.value.problems[-1]
     manifest, _ = prepared(tmp_path / "2", rows, bad_rows="drop")
     assert manifest["dropped"] == {"not understood": 2}
+    said = next(line for line in table.lines(manifest, "sets") if "first not understood" in line)
+    assert "line 241: columns body fit no shape" in said
 
 
 # --- the recipe
@@ -433,7 +451,11 @@ def test_rows_that_are_not_understood_are_refused_or_dropped(tmp_path):
         ("", ["too_long"], {}, "ARGS: too_long: give key=value"),
         ("", ["seeds=3"], {}, "seeds: no such key"),
         ("", ["max_seq_len=x"], {}, "max_seq_len: x: a number of tokens"),
-        ("sources: [{paht: a}]", [], {}, "give a path"),
+        ("sources: [{paht: a}]", [], {}, "paht: no such key; did you mean path?"),
+        ("sources: [{path: a, wieght: 2}]", [], {}, "wieght: no such key; did you mean weight?"),
+        ("sources: [[a]]", [], {}, "sources: ['a']: give a path"),
+        ("columns: {promt: q}", [], {}, "promt is no name of ours; did you mean prompt?"),
+        ("columns: q", [], {}, "columns: q: give {our name"),
         ("sources: [{path: a, weight: -1}]", [], {}, "weight: above 0"),
         ("a: [", [], {}, "not YAML"),
         ("- a", [], {}, "key: value lines"),
@@ -491,4 +513,6 @@ def test_a_recipe_may_derive_from_a_text(tmp_path):
     for name in ("text", "sft", "preference", "heldout_choice", "heldout_sft", "heldout_text"):
         assert manifest["rows"][name], f"{name} is empty"
     assert manifest["corpus"].startswith("sha256:")
+    held = sum(manifest["rows"][f"heldout_{name}"] for name in ("text", "sft", "preference"))
+    assert manifest["files"][0]["held"] == held > 0
     assert read_set(out, "sft")[0]["messages"][0]["content"].startswith("What comes after")

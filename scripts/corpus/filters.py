@@ -23,7 +23,7 @@ import numpy as np
 from scripts.corpus.holdout import FILTERED, KEEP, KINDS, NEAR
 from scripts.corpus.passes import Dropped, Work, mask, rows_of
 from scripts.corpus.shapes import TEXT
-from scripts.run.errors import InputError
+from scripts.run.errors import InputError, nearest
 
 MINHASH = "MinHash"
 ENGLISH = "eng"
@@ -65,7 +65,7 @@ def _filter(name: str, settings: dict[str, Any], dropped: Any = None) -> Any:
 
     known = [n for n in dir(filters) if n.endswith("Filter") and "Lambda" not in n]
     if name not in known:
-        raise InputError(f"no such filter; known: {', '.join([*known, MINHASH])}")
+        raise InputError(f"no such filter; {nearest(name, [*known, MINHASH])}")
     return getattr(filters, name)(**settings, exclusion_writer=dropped)
 
 
@@ -76,7 +76,7 @@ def _config(settings: dict[str, Any]) -> Any:
     settings = {key: value for key, value in settings.items() if key != "language"}
     known = [f.name for f in dataclasses.fields(MinhashConfig) if not f.name.endswith("_config")]
     for key in set(settings) - set(known):
-        raise InputError(f"{key}: no such setting; known: {', '.join([*known, 'language'])}")
+        raise InputError(f"{key}: no such setting; {nearest(key, [*known, 'language'])}")
     # Its default, xxhash, ends in a TypeError with xxhash 4, which datasets brings.
     return MinhashConfig(**settings, hash_config=HashConfig(hash_fc="sha1"))
 

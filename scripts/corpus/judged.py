@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import Any, NamedTuple, Optional
+from collections.abc import Container
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any, NamedTuple
 
 from scripts.corpus.files import File, Unit
 from scripts.corpus.holdout import DROPPED, USED
@@ -18,13 +21,14 @@ class _Place(NamedTuple):
     row: int
 
 
-def pair(work: Work) -> tuple[Optional[Unit], dict[int, int]]:
-    """Pair the good and the bad answers to each prompt, in order; only places are in memory.
+def pair(work: Work, held: Container[int]) -> tuple[dict[tuple[float, bool], Unit], dict[int, int]]:
+    """Pair the good and the bad answers to each prompt, in order; only places are in memory. Those
+    of the units in `held` (VALIDATION) are paired among themselves.
 
-    Returns the pairs as a unit more, None if there are none, and what is decided of each bad
-    answer by its row's number.
+    Returns the pairs, one unit for each (weight of the good answer's source, whether held), and
+    what is decided of each bad answer by its row's number.
     """
-    by_prompt: dict[int, tuple[list[_Place], list[_Place]]] = {}
+    by_prompt: dict[tuple[int, bool], tuple[list[_Place], list[_Place]]] = {}
     first = 0
     for number in range(len(work.units)):
         with open(work.file("look", number, ".judged"), "rb") as file:
@@ -32,18 +36,24 @@ def pair(work: Work) -> tuple[Optional[Unit], dict[int, int]]:
             for line in file:
                 row = json.loads(line)
                 place = _Place(number, byte, first + row["at"])
-                by_prompt.setdefault(row["asked"], ([], []))[not row["good"]].append(place)
+                key = row["asked"], number in held
+                by_prompt.setdefault(key, ([], []))[not row["good"]].append(place)
                 byte += len(line)
         first += work.report("look", number)["rows"]
-    made, decided = work.folder / "made" / "pairs.jsonl", {}
-    with open(made, "w", encoding="utf-8") as out:
-        for good, bad in by_prompt.values():
+    decided: dict[int, int] = {}
+    files: dict[tuple[float, bool], IO[str]] = {}
+    with ExitStack() as stack:
+        for (_, is_held), (good, bad) in by_prompt.items():
             for left, right in zip(good, bad):
+                kind = work.weights[left.unit], is_held
+                if kind not in files:
+                    path = work.folder / f"made/pairs{len(files) or ''}.jsonl"
+                    files[kind] = stack.enter_context(open(path, "w", encoding="utf-8"))
                 sides = {"chosen": _turns(work, left), "rejected": _turns(work, right)}
-                out.write(json.dumps(sides) + "\n")
+                files[kind].write(json.dumps(sides) + "\n")
             decided.update({place.row: USED for place in bad[: len(good)]})
             decided.update({place.row: DROPPED for place in bad[len(good) :]})
-    return (Unit(File(made, "jsonl", "")) if made.stat().st_size else None), decided
+    return {k: Unit(File(Path(file.name), "jsonl", "")) for k, file in files.items()}, decided
 
 
 def _turns(work: Work, place: _Place) -> Any:

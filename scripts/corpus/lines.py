@@ -101,7 +101,7 @@ def _value(line: bytes) -> object:
     except UnicodeDecodeError as error:
         return BadRow(_not_utf8(error))
     except json.JSONDecodeError as error:
-        return BadRow(f"not JSON ({error.msg} at column {error.colno})")
+        return BadRow(f"not JSON ({error.msg}: column {error.colno})")
     except RecursionError:
         return BadRow("not JSON (nested too deep)")
 

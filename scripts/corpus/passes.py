@@ -46,7 +46,7 @@ class Work:
     @property
     def dropping(self) -> tuple[str, ...]:
         """Name the passes that drop rows, in their order."""
-        return ("look", "sift", "write") if self.recipe.filters else ("look", "write")
+        return ("look", *(["sift"] if self.recipe.filters else []), "held", "write")
 
     def file(self, kind: str, number: int, ending: str) -> Path:
         """Return where a pass keeps what it makes of a unit."""
@@ -204,9 +204,10 @@ def collect(work: Work, number: int) -> None:
         open(path, "w", encoding="utf-8") as held,
         open(path.with_suffix(".sample"), "w", encoding="utf-8") as sample,
     ):
-        for index, what, _, kind, content in rows_of(work, number, decided):
+        for index, what, where, kind, content in rows_of(work, number, decided):
             if what == HELD:
-                held.write(json.dumps({"kind": kind, **content}, ensure_ascii=False) + "\n")
+                row = {"kind": kind, "where": where, **content}
+                held.write(json.dumps(row, ensure_ascii=False) + "\n")
             elif what == KEEP and int(whole[index]) < limit and kind in share["kinds"]:
                 sample.write(json.dumps(_said(kind, content), ensure_ascii=False) + "\n")
     work.finish("collect", number, {})
@@ -220,17 +221,17 @@ def _said(kind: str, content: dict[str, Any]) -> list[str]:
     return [turn["content"] for turn in turns]
 
 
-def held_rows(folder: Path, units: int) -> Iterator[dict[str, Any]]:
-    """Read the rows that are held out, in order: their kind and their content."""
-    for number in range(units):
-        with open(folder / f"collect/{number:05d}.jsonl", encoding="utf-8") as file:
-            yield from map(json.loads, file)
+def held_rows(folder: Path, number: int) -> Iterator[dict[str, Any]]:
+    """Read the rows of a unit that are held out: kind, where and content."""
+    with open(folder / f"collect/{number:05d}.jsonl", encoding="utf-8") as file:
+        yield from map(json.loads, file)
 
 
 @functools.lru_cache(maxsize=1)
 def index_of(folder: Path, units: int) -> holdout.Index:
     """Return the index of all held-out rows, made once in each process."""
-    return holdout.Index(holdout.item(row["kind"], row) for row in held_rows(folder, units))
+    rows = (row for number in range(units) for row in held_rows(folder, number))
+    return holdout.Index(holdout.item(row["kind"], row) for row in rows)
 
 
 def compare(work: Work, number: int) -> None:

@@ -90,7 +90,7 @@ class Preparation:
                 self.check_marks()
                 return
         shutil.rmtree(self.folder, ignore_errors=True)
-        kinds = (*PASSES, "first", "decided", "final", "dropped", "made")
+        kinds = (*PASSES, "first", "decided", "final", "held", "dropped", "made")
         for name in (*kinds, *(f"out/{folder}" for folder in FOLDERS.values())):
             (self.folder / name).mkdir(parents=True)
         path.write_text(json.dumps(now), encoding="utf-8")
@@ -127,11 +127,13 @@ class Preparation:
         return range(len(self.work.units))
 
     def pair_judged_answers(self) -> dict[int, int]:
-        """Make a pair of each good and bad answer to one prompt, as a unit more; return what is
+        """Make a pair of each good and bad answer to one prompt, as units more; return what is
         decided of each bad answer by its row's number."""
-        made, decided = pair(self.work)
+        made, decided = pair(self.work, {n for n in self.numbers if self.is_validation(n)})
+        self.validation |= {unit.file.path for (_, held), unit in made.items() if held}
         if made:
-            units, weights = (*self.work.units, made), (*self.work.weights, 1.0)
+            units = (*self.work.units, *made.values())
+            weights = (*self.work.weights, *(weight for weight, _ in made))
             self.work = dataclasses.replace(self.work, units=units, weights=weights)
             self.run_pass("look", self.work)
         return decided

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from scripts.corpus.files import File, Unit, find
 from scripts.corpus.lines import BadRow, open_plain, rows
-from scripts.corpus.shapes import CHAT, JUDGED, PAIR, read_row
+from scripts.corpus.shapes import CHAT, JUDGED, PAIR, columns_problems, read_row
 from scripts.corpus.turns import Unknown, Unusable
 from scripts.run.errors import InputError
 
@@ -29,12 +29,14 @@ class Preview(NamedTuple):
 
 def preview(path: Path, columns: Mapping[str, str]) -> Preview:
     """Look at the first rows of a file, or of every file of a folder."""
+    problems = columns_problems(columns)
+    if problems:
+        return Preview(frozenset(), False, problems)
     try:
         files, _ = find(path)
     except InputError as error:
         return Preview(frozenset(), False, error.problems)
     kinds: set[str] = set()
-    problems: list[str] = []
     names: set[str] = set()
     for file in files[:FILES]:
         if _readable(file):

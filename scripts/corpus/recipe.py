@@ -6,7 +6,6 @@ The user's key=value arguments win over the file, and VALIDATION and COLUMNS ove
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from scripts.corpus.shapes import columns_from
-from scripts.run.errors import InputError
+from scripts.corpus.shapes import columns_from, columns_problems
+from scripts.run.errors import InputError, nearest
 
 
 @dataclass
@@ -79,9 +78,9 @@ def read(file: Path, arguments: Sequence[str], facts: Mapping[str, str]) -> Reci
     try:
         given = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
-        raise InputError(f"{file}: not YAML: {error}") from None
+        raise InputError(f"recipe: not YAML: {error}") from None
     if not isinstance(given, dict):
-        raise InputError(f"{file}: must hold key: value lines")
+        raise InputError("recipe: must hold key: value lines")
     found: list[str] = []
     for word in arguments:
         key, equals, value = word.lstrip("-").partition("=")
@@ -93,11 +92,8 @@ def read(file: Path, arguments: Sequence[str], facts: Mapping[str, str]) -> Reci
     if facts.get("COLUMNS"):
         given["columns"] = columns_from(facts["COLUMNS"])
     known = {f.name: f for f in dataclasses.fields(Recipe)}
-    for key in set(given) - set(known):
-        near = difflib.get_close_matches(str(key), known, 1)
-        found.append(
-            f"{file.name}: {key}: no such key" + (f"; did you mean {near[0]}?" if near else "")
-        )
+    for key in [key for key in given if key not in known]:
+        found.append(f"recipe: {key}: no such key; {nearest(key, known)}")
         del given[key]
     if given.get("derive") and "validation" in given:
         found.append("validation: a recipe that derives holds out its own; leave VALIDATION out")
@@ -124,6 +120,10 @@ def _problems(recipe: Recipe) -> list[str]:
             found.append(f"{key}: {value}: a share from 0 to 1")
     if isinstance(recipe.max_dropped, str):
         found.append(f"max_dropped: {recipe.max_dropped}: a share from 0 to 1")
+    if isinstance(recipe.columns, dict):
+        found += columns_problems(recipe.columns)
+    else:
+        found.append(f"columns: {recipe.columns}: give {{our name: the file's, …}}")
     filters = recipe.filters if isinstance(recipe.filters, list) else [recipe.filters]
     recipe.filters = [{f: {}} if isinstance(f, str) else f for f in filters]
     for entry in recipe.filters:
@@ -138,11 +138,14 @@ def _problems(recipe: Recipe) -> list[str]:
     recipe.sources = []
     for source in sources:
         source = {"path": source} if isinstance(source, str) else source
+        known = [f.name for f in dataclasses.fields(Source)]
+        for key in [k for k in source if k not in known] if isinstance(source, dict) else []:
+            found.append(f"sources: {source}: {key}: no such key; {nearest(key, known)}")
         try:
-            made = Source(**source)
-            if not isinstance(made.path, str) or float(made.weight) <= 0:
+            made = Source(**{k: v for k, v in source.items() if k in known})
+            if not isinstance(made.path, str) or not 0 < float(made.weight) < float("inf"):
                 raise ValueError
             recipe.sources.append(Source(made.path, float(made.weight)))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, AttributeError):
             found.append(f"sources: {source}: give a path, or {{path: …, weight: above 0}} alone")
     return found

@@ -22,7 +22,7 @@ import numpy as np
 from scripts.corpus import columnar, files, filters, passes, pool, table, tokens, writer
 from scripts.corpus.derive import Corpus, split
 from scripts.corpus.files import File
-from scripts.corpus.holdout import HELD, KINDS
+from scripts.corpus.holdout import KINDS
 from scripts.corpus.lines import BadRow
 from scripts.corpus.prepare import Preparation, RunPass
 from scripts.corpus.python_docs import PYTHON, python_documentation
@@ -94,7 +94,6 @@ class Sets:
             given, _ = find(dataclasses.replace(recipe, sources=[Source(recipe.validation)]))
             self.prepared.add_validation(given[0][0])
         self.out = folder / "out"
-        self.held_dropped: Counter[str] = Counter()
 
     def sources(self, folder: Path) -> tuple[list[tuple[list[File], float]], list[str]]:
         """Return the files to read; where the recipe derives, the one that is made of them."""
@@ -178,7 +177,7 @@ class Sets:
     def refuse_what_is_dropped(self, decided: Counter[int]) -> None:
         """Raise InputError, before hours of work, if more is dropped than the recipe allows."""
         why: Counter[str] = Counter()
-        for name in self.prepared.work.dropping[:-1]:
+        for name in ("look", "sift") if self.recipe.filters else ("look",):
             for report in self.prepared.reports(name):
                 why.update(report["dropped"])
         why.update({what: decided[n] for n, what in writer.WHY.items() if decided[n]})
@@ -198,21 +197,15 @@ class Sets:
         """Write the held-out rows that are short enough. Raises InputError, before hours of work,
         if that is too few of them: they are a sample of all."""
         work, rows = self.prepared.work, {kind: [] for kind in KINDS}
-        for row in passes.held_rows(self.prepared.folder, len(work.units)):
-            rows[row.pop("kind")].append(row)
-        for kind in (CHAT, PAIR):
-            batch, rows[kind] = [("", row, 1) for row in rows[kind]], []
-            for (_, row, _), (fitting, _, why) in zip(batch, writer.fit(work, kind, batch)):
-                if why:
-                    self.held_dropped[why.partition(":")[0]] += 1
-                else:
-                    rows[kind].append({**row, **fitting})
-        long = sum(self.held_dropped.values())
+        why: Counter[str] = Counter()
+        for number in self.prepared.numbers:
+            why.update(writer.write_held_out(work, number, rows))
+        long = sum(why.values())
         total = sum(map(len, rows.values())) + long
         share = long / max(total, 1)
         # Of twenty rows two may be long by chance: more than two standard errors above the limit.
         if share - 2 * (share * (1 - share) / max(total, 1)) ** 0.5 > self.recipe.max_dropped:
-            self.refuse(self.held_dropped, total)
+            self.refuse(why, total)
         for kind, name in HELD_OUT.items():
             self.held_out.setdefault(name, [_without_choices(row) for row in rows[kind]])
         self.held_out.setdefault(CHOICE, _questions(rows[CHAT]))
@@ -227,16 +220,18 @@ class Sets:
         """Write what describes the sets beside them; return the manifest. Raises InputError if too
         little is left."""
         work, chat = self.prepared.work, writer.chat_of(self.prepared.work.model)
-        numbers = range(len(work.units))
-        held = {n: int(np.sum(passes.mask(work, "final", n) == HELD)) for n in numbers}
-        counts, why, kept = table.files(work, held), Counter(self.held_dropped), Counter()
+        counts, why, kept = table.files(work), Counter(), Counter()
         for row in counts:
             why.update(row["dropped"])
             kept.update(row["kept"])
         self.refuse(why, sum(row["rows"] for row in counts))
+        if self.recipe.derive:  # what is held out was never among the rows that were read
+            derived = sum(len(self.held_out[name]) for name in HELD_OUT.values())
+            counts[0]["rows"] += derived
+            counts[0]["held"] += derived
         if not kept:
             raise InputError("DATA: no row is left to train on")
-        reports = [work.report("write", n) for n in numbers]
+        reports = list(self.prepared.reports("write"))
         asked, turns = min(
             (r["sample"] for r in reports if r["sample"]),
             key=lambda said: len(said[0]),
@@ -246,7 +241,7 @@ class Sets:
         if turns:
             text = table.sample(chat, turns) + "\n"
             (self.out / "sample.txt").write_text(text, encoding="utf-8")
-        lengths = [np.load(work.file("write", n, ".npz")) for n in numbers]
+        lengths = [np.load(work.file("write", n, ".npz")) for n in self.prepared.numbers]
         spreads = {k: table.spread(np.concatenate([found[k] for found in lengths])) for k in KINDS}
         rows = {FOLDERS[kind]: kept[kind] for kind in KINDS}
         rows.update({name.partition(".")[0]: len(found) for name, found in self.held_out.items()})
@@ -259,6 +254,7 @@ class Sets:
             "files": counts,
             "passed_over": self.passed,
             "dropped": dict(why),
+            "not_understood": [bad for r in self.prepared.reports("look") for bad in r["bad"]][:1],
             "lengths": spreads,
             "max_seq_len": work.longest,
             "tokens": spreads[TEXT].get("tokens", 0),

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Optional
 
 from scripts.corpus.turns import Unknown, Unusable, dialogue, say, teachable, truth, turns
+from scripts.run.errors import nearest
 
 TEXT, CHAT, PAIR, JUDGED = "text", "chat", "pair", "judged"
 FOLDERS = {TEXT: "text", CHAT: "sft", PAIR: "preference"}  # of sets/, by what they hold
@@ -40,6 +41,13 @@ KNOWN = {  # for a row of no shape: the nearest one is named
     "judged answers": ("prompt", "completion", "label"),
     "multiple choice": ("question", "choices", "answer"),
 }
+
+
+OURS = (  # names that COLUMNS may give to columns
+    *("text", "content", "input", "context", "system", "system_prompt", "history"),
+    *("choices", "options", "answerKey", "target"),
+    *(*MESSAGES, *INSTRUCTION, *ANSWER, *CHOSEN, *REJECTED, *LABEL),
+)
 
 
 class Row(NamedTuple):
@@ -82,6 +90,16 @@ def columns_from(text: str) -> dict[str, str]:
     """Parse COLUMNS, "prompt=question,chosen=best", into our names and the file's."""
     pairs = [pair.partition("=") for pair in text.split(",") if pair]
     return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+
+
+def columns_problems(columns: Mapping[str, str]) -> list[str]:
+    """List the names on our side of COLUMNS that no shape has."""
+    found = []
+    for ours, theirs in columns.items():
+        if ours not in OURS:
+            mend = f"turn it round: {theirs}={ours}" if theirs in OURS else nearest(ours, OURS)
+            found.append(f"COLUMNS: {ours}={theirs}: {ours} is no name of ours; {mend}")
+    return found
 
 
 class _Reader:

@@ -10,19 +10,17 @@ from typing import Any
 import numpy as np
 
 from scripts.corpus.chat import Chat
-from scripts.corpus.passes import Work
+from scripts.corpus.holdout import HELD, USED
+from scripts.corpus.passes import Work, mask
 from scripts.corpus.shapes import NAMES
 
 SHOWN = 20  # files
 QUANTILES = {"least": 0.0, "median": 0.5, "95 %": 0.95, "most": 1.0}
 
 
-def files(work: Work, held: Mapping[int, int]) -> list[dict[str, Any]]:
-    """Count the rows of each file: {"file", "rows", "shapes", "unused", "kept", "held", "left_out",
-    "dropped"}, in rows.
-
-    `held`: rows held out, by unit.
-    """
+def files(work: Work) -> list[dict[str, Any]]:
+    """Count the rows of each file: {"file", "rows", "shapes", "unused", "kept", "held", "paired",
+    "left_out", "dropped"}, in rows; the five last add up to "rows"."""
     found: dict[Path, dict[str, Any]] = {}
     for number, unit in enumerate(work.units):
         name = Path(work.place(str(unit.file.path)))
@@ -35,13 +33,17 @@ def files(work: Work, held: Mapping[int, int]) -> list[dict[str, Any]]:
                 "unused": Counter(),
                 "kept": Counter(),
                 "held": 0,
+                "paired": 0,  # bad answers: they are not learned, but stand in a pair
                 "left_out": 0,  # by a weight below 1
                 "dropped": Counter(),
             },
         )
         look = work.report("look", number)
         row["rows"] += look["rows"]
-        row["held"] += held.get(number, 0)
+        decided = mask(work, "final", number)
+        row["held"] += int(np.sum(decided == HELD))
+        row["held"] -= sum(work.report("held", number)["dropped"].values())
+        row["paired"] += int(np.sum(decided == USED))
         for key in ("shapes", "unused"):
             row[key].update(look[key])
         last = work.report("write", number)
@@ -64,12 +66,14 @@ def lines(manifest: Mapping[str, Any], folder: str) -> list[str]:
             + (f" (not used: {unused})" if unused else "")
             + f"; kept {kept:,}, held out {row['held']:,}, "
             + f"dropped {sum(row['dropped'].values()):,}"
+            + (f", bad answers of pairs {row['paired']:,}" if row["paired"] else "")
             + (f", left out by its weight {row['left_out']:,}" if row["left_out"] else "")
         )
     if len(counts) > SHOWN:
         found.append(f"… and {len(counts) - SHOWN} more files (data.json lists them)")
     why = sorted(manifest["dropped"].items(), key=lambda item: -item[1])
     found += [f"dropped {n:,}: {reason}" for reason, n in why]
+    found += [f"the first not understood: {bad}" for bad in manifest["not_understood"]]
     passed = manifest["passed_over"]
     if passed:
         more = f" and {len(passed) - 5} more" if len(passed) > 5 else ""

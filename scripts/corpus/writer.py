@@ -17,7 +17,7 @@ import numpy as np
 from scripts.corpus import tokens
 from scripts.corpus.chat import Chat, Piece
 from scripts.corpus.holdout import DROPPED, DUPLICATE, KEEP, KINDS, LEAK, NEAR
-from scripts.corpus.passes import Dropped, Work, mask, rows_of
+from scripts.corpus.passes import Dropped, Work, held_rows, mask, rows_of
 from scripts.corpus.shapes import CHAT, FOLDERS, PAIR, TEXT
 from scripts.corpus.turns import Unusable
 from scripts.run.errors import InputError
@@ -129,6 +129,27 @@ class _Writer:
         asked = next((t["content"] for t in reversed(turns) if t["role"] == "user"), None)
         if asked and (not self.sample or len(asked) < len(self.sample[0])):
             self.sample = [asked, turns]
+
+
+def write_held_out(
+    work: Work, number: int, rows: dict[str, list[dict[str, Any]]]
+) -> dict[str, int]:
+    """Add the held-out rows of a unit that are short enough to `rows`, by kind; note the others as
+    dropped, and return the count of each reason."""
+    dropped = Dropped(work, "held", number)
+    batches: dict[str, Batch] = {kind: [] for kind in KINDS}
+    for row in held_rows(work.folder, number):
+        batches[row.pop("kind")].append((row.pop("where"), row, 1))
+    rows[TEXT] += [row for _, row, _ in batches.pop(TEXT)]
+    for kind, batch in batches.items():
+        for (where, row, _), (fitting, _, why) in zip(batch, fit(work, kind, batch)):
+            if why:
+                dropped.add(where, f"held out, but {why}", row)
+            else:
+                rows[kind].append({**row, **fitting})
+    counts = dropped.save()
+    work.finish("held", number, {"dropped": counts})
+    return counts
 
 
 def fit(work: Work, kind: str, batch: Batch) -> Iterator[tuple[dict[str, Any], int, str]]:

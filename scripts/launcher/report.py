@@ -37,7 +37,9 @@ def result(directory: Path, cluster: Cluster) -> str:
     if not summary:
         return _progress(directory) if directory.exists() else ""
     if makes == "sets":
-        return f"{sum(summary['rows'].values()):,} rows from {summary['source']}"
+        # The choices are some of the held-out conversations once more.
+        rows = sum(n for name, n in summary["rows"].items() if name != "heldout_choice")
+        return f"{rows:,} rows from {summary['source']}"
     if makes == "verdict":
         return ", ".join(f"{name} {value:.3f}" for name, value in summary["scores"].items())
     return f"loss {summary['loss']:.3f}" if "loss" in summary else ""

@@ -1,7 +1,8 @@
-"""Exit codes of every command and job, and the one exception that carries a user's mistake."""
+"""Exit codes of every command and job, and the exception that carries a user's mistakes."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 DONE = 0
@@ -16,3 +17,10 @@ class InputError(Exception):
     def __init__(self, problems: str | Iterable[str]):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """Say which of the known names is meant by one that is none of them."""
+    names = list(dict.fromkeys(known))
+    near = difflib.get_close_matches(str(name), names, 1)
+    return f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"

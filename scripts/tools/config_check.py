@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
-import difflib
 import inspect
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from scripts.run.errors import nearest
+
 
 def unknown(key: str, known: Iterable[str]) -> str:
     """Return what to say of a key that upstream does not have, with the nearest that it has."""
-    near = difflib.get_close_matches(key, list(known), 1)
-    return f"unknown key {key}; " + (
-        f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
-    )
+    return f"unknown key {key}; {nearest(key, sorted(known))}"
 
 
 def wrong_type(value: Any, annotation: Any) -> str:

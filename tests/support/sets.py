@@ -55,9 +55,16 @@ def preparation(folder: Path, source: Path, model: Path | None = None, **setting
 
 
 def prepare(folder: Path, source: Path, **settings) -> tuple[dict, Path]:
-    """Make the sets of one source; return their manifest and their folder."""
+    """Make the sets of one source; return their manifest and their folder. Every row of every file
+    must be counted once, and every dropped one listed."""
     made = preparation(folder, source, **settings)
-    return made.make(), made.out
+    manifest = made.make()
+    for row in manifest["files"]:
+        parts = sum(row["kept"].values()), row["held"], row["paired"], row["left_out"]
+        assert sum(parts) + sum(row["dropped"].values()) == row["rows"], row
+    listed = (made.out / "dropped.jsonl").read_text().count("\n")
+    assert listed == sum(manifest["dropped"].values())
+    return manifest, made.out
 
 
 def read_set(out: Path, name: str) -> list[dict]:
