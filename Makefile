@@ -6,19 +6,24 @@ MODEL   ?= debug
 CLUSTER ?= local
 OPTIONS := RUN MODEL CLUSTER NODES GPUS FROM DATA ARGS STAGE DRY_RUN FORCE BIND PORT API_KEY_FILE \
   PROMPT RUNS VALIDATION COLUMNS DATA_ARGS PRETRAIN_ARGS FINETUNE_ARGS ALIGN_ARGS EVALUATE_ARGS \
-  DEPLOY_ARGS
+  DEPLOY_ARGS RUNTIME IMAGE
+IMAGE_OPTIONS := ACCELERATOR BASE_IMAGE EFA TAG WHEELS TORCH_CPU OUT LINE
 # As they were given: make would read a $ in them as its own variable, and run a $(shell …).
-$(foreach name,$(OPTIONS),$(eval override $(name) := $$(value $(name))))
-export $(OPTIONS)
+$(foreach name,$(OPTIONS) $(IMAGE_OPTIONS),$(eval override $(name) := $$(value $(name))))
+export $(OPTIONS) $(IMAGE_OPTIONS)
 
 LAUNCH := $(PYTHON) -m scripts.launch
-VENV   := $(if $(or $(filter-out 0,$(DRY_RUN)),$(filter-out local,$(CLUSTER))),,.venv/installed)
+VENV   := $(if $(or $(filter-out 0,$(DRY_RUN)),$(filter-out local,$(CLUSTER)),$(RUNTIME)),,\
+  .venv/installed)
+# .venv holds what another ACCELERATOR needs.
+OTHER  := $(if $(ACCELERATOR),$(if $(filter $(ACCELERATOR),$(file < .venv/installed)),,reinstall))
 TEST   := .venv/bin/python -m pytest -q
 LAUNCHER := scripts/run scripts/clusters scripts/launcher
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo pipeline data pretrain finetune align evaluate deploy undeploy chat status \
-  logs lineage stop cancel clean filters test test-all test-slurm lint lock golden
+  logs lineage stop cancel clean filters test test-all test-slurm lint lock golden image squashfs \
+  sif image-push image-check reinstall
 
 # STEPS=50 would train with the default. Names with a _ may be a program's, as SBATCH_TIMELIMIT.
 UNKNOWN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
@@ -28,12 +33,13 @@ $(if $(UNKNOWN),$(error $(UNKNOWN): no such variable; make help lists them, ARGS
 
 help: ## This help
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
-	  /^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	  /^[a-z-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@printf '\nVariables\n'
 	@printf '  %-22s %s\n' \
 	  'RUN=name' 'the run (default: the name of MODEL)' \
 	  'MODEL=debug' 'which configs/<stage>/<name>.* are used; the weights are those of FROM' \
 	  'CLUSTER=local|slurm' 'where stages run' \
+  'RUNTIME=docker|podman' 'with CLUSTER=local: run them in IMAGE= (docs/image.md)' \
 	  'NODES=1 GPUS=1' 'nodes, and processes on each' \
 	  'RUNS=folder' 'where runs are (default: runs/ here); in every command of a run' \
 	  'DATA=file|folder|id' 'your data (docs/data.md); default: the documentation inside this Python' \
@@ -79,9 +85,21 @@ cancel: ## End it at once, without saving
 clean: ## Remove the run, or one STAGE= of it
 	@$(LAUNCH) $@
 
+##@ The image (image/build.sh names its variables)
+image: ## Build it, with docker or podman; ACCELERATOR=cuda|cpu EFA=none BASE_IMAGE= TAG= WHEELS=
+	@bash image/build.sh
+image-check: ## Say on one page what IMAGE= holds, from inside it
+	@bash image/check.sh
+image-push: ## Push IMAGE=registry/name:tag, and name its digest
+	@bash image/push.sh
+squashfs: ## Write IMAGE= as one file for pyxis and enroot
+	@bash image/export.sh sqsh
+sif: ## Write IMAGE= as one file for apptainer
+	@bash image/export.sh sif
+
 ##@ Development
 setup: .venv/installed ## Install .venv from the lock (stages on this machine do it by themselves)
-.venv/installed: requirements/cpu.lock requirements/dev.lock requirements/install.sh
+.venv/installed: requirements/cpu.lock requirements/dev.lock requirements/install.sh $(OTHER)
 	@PYTHON=$(PYTHON) sh requirements/install.sh
 filters: .venv/filters ## Install datatrove, for the filters of a data recipe (docs/data.md)
 .venv/filters: requirements/filters.lock .venv/installed
@@ -96,7 +114,7 @@ test-slurm: .venv/installed ## The Slurm tests, on their own Slurm; RELAY_SLURM=
 lint: .venv/installed ## ruff, mypy, shellcheck, vermin, sbatch headers
 	@.venv/bin/python -m ruff check . && .venv/bin/python -m ruff format --check .
 	@.venv/bin/python -m mypy
-	@.venv/bin/shellcheck -x requirements/*.sh .ci/run slurm/*.sh slurm/*.sbatch
+	@.venv/bin/shellcheck -x requirements/*.sh .ci/run image/*.sh slurm/*.sh slurm/*.sbatch
 	@bash slurm/lint.sh
 	@.venv/bin/vermin -q --no-tips --violations -t=3.9- scripts/launch.py $(LAUNCHER)
 lock: ## Resolve requirements/*.in anew into *.lock

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Optional
 
+from scripts.clusters import containers
 from scripts.clusters.interface import (
     Cluster,
     Job,
@@ -40,9 +41,10 @@ class Local(Cluster):
 
     def problems(self, submission: Submission, dry_run: bool) -> list[str]:
         """List what on this machine keeps a stage from running: .venv, a service's port."""
+        runtime = containers.engine(self.environment)
         if dry_run:
             return []
-        found = preflight.venv_problems()
+        found = containers.problems(self.environment) if runtime else preflight.venv_problems()
         if submission.row.serves and not attempts.running(submission.directory):
             bind, port = submission.facts["BIND"], int(submission.facts["PORT"])
             found += preflight.port_problems(bind, port, patience=1)
@@ -50,15 +52,27 @@ class Local(Cluster):
 
     def render(self, submission: Submission, after: str = "") -> str:
         """Format the stage script's command with torchrun's own PET_* variables before it."""
-        variables, words = _command(submission)
+        variables, words = self._command(submission)
         return " ".join([*(f"{k}={v}" for k, v in variables.items()), shlex.join(words)])
+
+    def _command(self, submission: Submission) -> tuple[dict[str, str], list[str]]:
+        """Return the variables that make a stage script's environment, and its command line."""
+        variables = {
+            "PET_NNODES": str(submission.nodes),
+            "PET_NPROC_PER_NODE": str(submission.gpus),
+        }
+        words = ["-m", f"scripts.{submission.row.name}", relative(submission.directory)]
+        if containers.engine(self.environment):
+            words = ["python3", *words]
+            return {}, containers.command(submission, variables, words, self.environment)
+        return variables, [".venv/bin/python", *words]
 
     def submit(self, submission: Submission, after: str = "") -> Started:
         """Run the stage in the foreground and return its exit code; a service in the background
         until it answers."""
         submission.write(self.render(submission))
         say_what_is_left_out(self.environment)
-        variables, words = _command(submission)
+        variables, words = self._command(submission)
         environment = {**child_environment(self.environment), **variables}
         if submission.row.serves:
             return Started(_serve(submission, words, environment))
@@ -67,7 +81,7 @@ class Local(Cluster):
         # launcher; bound to it, the stage then saves and leaves.
         bound_words = bound(words, signal.SIGTERM)
         child = subprocess.Popen(bound_words, cwd=ROOT, env=environment, start_new_session=True)
-        code = _wait(child, submission.row.ranks)
+        code = _wait(child, submission)
         if code < 0:
             how = f"killed by {signal.Signals(-code).name}"
             print(f"{submission.row.name}: {how}; the same command goes on", file=sys.stderr)
@@ -100,17 +114,7 @@ class Local(Cluster):
                 deadline = float("inf")
 
 
-def _command(submission: Submission) -> tuple[dict[str, str], list[str]]:
-    """Return the variables that make a stage script's environment, and its command line."""
-    variables = {
-        "PET_NNODES": str(submission.nodes),
-        "PET_NPROC_PER_NODE": str(submission.gpus),
-    }
-    script = f"scripts.{submission.row.name}"
-    return variables, [".venv/bin/python", "-m", script, relative(submission.directory)]
-
-
-def _wait(child: subprocess.Popen[bytes], saves: bool) -> int:
+def _wait(child: subprocess.Popen[bytes], submission: Submission) -> int:
     """Wait for a stage script, pass Ctrl-C and SIGTERM on to it, and kill it if it does not leave
     in time after that: Python code runs no signal handler while a library in C works."""
     asked: list[float] = []
@@ -125,9 +129,14 @@ def _wait(child: subprocess.Popen[bytes], saves: bool) -> int:
         try:
             code = child.wait(1)
         except subprocess.TimeoutExpired:
-            grace = SAVE_GRACE if saves and len(asked) == 1 else LEAVE_GRACE
+            saves = submission.row.ranks and len(asked) == 1
+            grace = SAVE_GRACE if saves else LEAVE_GRACE
             if asked and time.monotonic() > asked[-1] + grace:
                 print(f"it did not leave in {grace} s: killed", file=sys.stderr)
+                attempt = attempts.running(submission.directory)
+                if attempt:  # in a container it outlives the engine's command
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(attempt["pid"], signal.SIGKILL)
                 child.kill()
                 code = child.wait()
     for number, handler in old.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -32,8 +33,14 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """Return the repository's commit, with + if tracked files differ; "" outside a checkout, and
-    "not readable" where git asks for safe.directory: the checkout is another user's."""
+    """Return the repository's commit, with + if tracked files differ; in an image without a
+    checkout the one that it was built from; "" where neither is known, and "not readable" where git
+    asks for safe.directory: the checkout is another user's."""
+    built = ROOT / "REVISION"
+    if built.exists():
+        return built.read_text(encoding="utf-8").strip()
+    if not shutil.which("git"):
+        return ""
 
     def git(*words: str) -> subprocess.CompletedProcess:
         return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)

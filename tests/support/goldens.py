@@ -2,6 +2,7 @@
 them to the truth."""
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ CASES = {
         {"RUN": "demo", "CLUSTER": "slurm", "NODES": "2", "GPUS": "8"},
     ),
 }
+BUILD_PLAN = "image-cuda.txt"
 
 
 def dry_run(verb: str, options: dict[str, str]) -> str:
@@ -37,7 +39,15 @@ def dry_run(verb: str, options: dict[str, str]) -> str:
     return result.stdout.replace(folder, "runs")
 
 
+def build_plan() -> str:
+    """Return the command that would build the GPU image, without what changes by the commit."""
+    words, env = ["bash", "image/build.sh"], {"PATH": os.environ["PATH"], "DRY_RUN": "1"}
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    return re.sub(r"(REVISION|SOURCE|LOCK_SHA256)=\S*", r"\1=…", done.stdout)
+
+
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
     for name, case in CASES.items():
         (FOLDER / name).write_text(dry_run(*case))
+    (FOLDER / BUILD_PLAN).write_text(build_plan())

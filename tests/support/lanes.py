@@ -8,7 +8,8 @@ import os
 
 import pytest
 
-LANES = ("tests/test_line.py", "tests/test_slurm.py")  # one demo, one cluster: on one worker each
+# One demo, one cluster, one image: on one worker each.
+LANES = ("tests/test_line.py", "tests/test_slurm.py", "tests/test_image.py")
 
 
 @pytest.hookimpl(optionalhook=True)

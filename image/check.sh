@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Says on one page what an image holds, from inside it: make image-check IMAGE=torch-relay:cuda.
+# LINE=0 leaves the five stages with the debug model out.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+image=${IMAGE:-torch-relay:cuda}
+# shellcheck source=image/engine.sh
+. image/engine.sh
+label() { "$engine" image inspect --format "{{index .Config.Labels \"torch-relay.$1\"}}" "$image"; }
+accelerator=$(label accelerator 2> /dev/null) || accelerator=""
+[[ $accelerator =~ ^(cpu|cuda)$ ]] ||
+  { echo "error: IMAGE=$image: $engine has no image of make image by that name" >&2; exit 64; }
+ours=$(sha256sum < "requirements/$accelerator.lock")
+[ "$(label lock)" = "${ours%% *}" ] ||
+  echo "warning: $image was built from another $accelerator.lock ($(label lock)) than this" \
+    "checkout's (${ours%% *}); make image builds it anew" >&2
+gpus=()
+if [ -e /dev/nvidiactl ]; then
+  case $engine in
+    podman) gpus=(--device nvidia.com/gpu=all) ;;
+    docker) gpus=(--gpus all) ;;
+  esac
+fi
+"$engine" run --rm --network host --shm-size 16g "${gpus[@]}" --env "EFA=$(label efa)" \
+  --env "ACCELERATOR=$accelerator" --env "LINE=${LINE:-1}" "$image" \
+  python3 -m scripts.tools.image_check

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Writes the image as one file that Slurm's containers start, without a registry:
+#   make squashfs   torch-relay.sqsh for pyxis and enroot      IMAGE=torch-relay:cuda OUT=file
+#   make sif        torch-relay.sif for apptainer
+set -euo pipefail
+cd "$(dirname "$0")/.."
+kind=$1 image=${IMAGE:-torch-relay:cuda}
+out=${OUT:-torch-relay.$kind}
+needs() { command -v "$1" > /dev/null || { echo "error: $1: not on PATH; $2" >&2; exit 64; }; }
+# shellcheck source=image/engine.sh
+. image/engine.sh
+"$engine" image inspect "$image" > /dev/null 2>&1 ||
+  { echo "error: IMAGE=$image: $engine has no such image; make image, or IMAGE=" >&2; exit 64; }
+scratch=$(mktemp -d "$out.XXXX")
+trap 'rm -rf "$scratch"' EXIT
+case $kind in
+  sqsh)
+    needs sqfstar "install squashfs-tools 4.5 or newer"
+    container=$("$engine" create "$image" true)
+    trap '"$engine" rm "$container" > /dev/null; rm -rf "$scratch"' EXIT
+    # An export loses the image's variables. enroot reads them from /etc/environment.
+    "$engine" image inspect --format '{{range .Config.Env}}{{println .}}{{end}}' "$image" \
+      > "$scratch/environment"
+    "$engine" cp "$scratch/environment" "$container:/etc/environment"
+    "$engine" export "$container" | sqfstar -quiet -no-progress -comp zstd \
+      -Xcompression-level 3 "$scratch/image" ;;
+  sif)
+    needs apptainer "https://apptainer.org has packages"
+    "$engine" save --output "$scratch/archive" "$image"
+    apptainer build "$scratch/image" "docker-archive:$scratch/archive" ;;
+esac
+mv "$scratch/image" "$out"
+echo "wrote $out ($(du -h "$out" | cut -f 1)): RELAY_IMAGE=$(realpath "$out") in slurm/site.env"
