@@ -23,7 +23,7 @@ LAUNCHER := scripts/run scripts/clusters scripts/launcher
 .DEFAULT_GOAL := help
 .PHONY: help setup demo pipeline data pretrain finetune align evaluate deploy undeploy chat status \
   logs lineage stop cancel clean filters test test-all test-slurm lint lock golden image squashfs \
-  sif image-push image-check reinstall
+  sif image-push image-check sbom reinstall
 
 # STEPS=50 would train with the default. Names with a _ may be a program's, as SBATCH_TIMELIMIT.
 UNKNOWN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
@@ -119,5 +119,8 @@ lint: .venv/installed ## ruff, mypy, shellcheck, vermin, sbatch headers
 	@.venv/bin/vermin -q --no-tips --violations -t=3.9- scripts/launch.py $(LAUNCHER)
 lock: ## Resolve requirements/*.in anew into *.lock
 	@sh requirements/lock.sh
+sbom: .venv/installed ## Write sbom.json (CycloneDX) and docs/licences.md from what is installed
+	@.venv/bin/cyclonedx-py environment --output-reproducible --output-file sbom.json
+	@.venv/bin/python requirements/licences.py
 golden: ## Write tests/golden/ anew from DRY_RUN=1
 	@.venv/bin/python -m tests.support.goldens

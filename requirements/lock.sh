@@ -13,6 +13,6 @@ pins=cpu.pins
 trap 'rm -f "$pins"' EXIT
 sed -n '/never/d; s/^\([a-z].*==.*\) \\$/\1/p' cpu.lock > "$pins"
 lock cuda.in --override overrides.txt --constraint "$pins" --output-file cuda.lock
-lock dev.in --output-file dev.lock
+lock dev.in --override dev-overrides.txt --output-file dev.lock
 lock filters.in --output-file filters.lock
 printf 'uv==%s\n' "$(sed -n 's/^uv==//p' dev.in)" | lock - --output-file uv.lock
