@@ -21,8 +21,8 @@ TEST   := .venv/bin/python -m pytest -q
 LAUNCHER := scripts/run scripts/clusters scripts/launcher
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo pipeline data pretrain finetune align evaluate deploy undeploy chat status \
-  logs lineage stop cancel clean filters test test-all test-slurm lint lock golden image squashfs \
+.PHONY: help setup demo pipeline data pretrain finetune align evaluate deploy undeploy chat \
+  nccl-check status logs lineage stop cancel clean filters test test-all test-slurm lint lock golden image squashfs \
   sif image-push image-check sbom reinstall
 
 # STEPS=50 would train with the default. Names with a _ may be a program's, as SBATCH_TIMELIMIT.
@@ -69,6 +69,8 @@ deploy: $(VENV) ## Serve the model with vLLM's OpenAI API, in the background
 chat: ## Talk to the served model; PROMPT="…" asks once
 	@$(LAUNCH) chat
 undeploy: ## Stop serving
+	@$(LAUNCH) $@
+nccl-check: $(VENV) ## Speed and transport of the network between NODES × GPUS ranks; slow nodes
 	@$(LAUNCH) $@
 
 ##@ A run

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from scripts.run import layout, stages
 
-ROOT, STAGES, TRAINED = layout.ROOT, stages.names(), stages.trained()
+ROOT, STAGES, TRAINED = layout.ROOT, stages.line(), stages.trained()
 RUNS = Path(os.environ.get("RUNS") or ROOT / "runs")  # the folder of all runs, read once
 
 

@@ -47,7 +47,7 @@ case $RELAY_RUNTIME in
     launch+=(apptainer exec --nv --bind "$mounts" --pwd "$PWD" "$RELAY_IMAGE") ;;
   *) refuse "slurm/site.env: RELAY_RUNTIME=$RELAY_RUNTIME; known: none, pyxis, apptainer" ;;
 esac
-launch+=("$python" -m "scripts.$stage" "$directory")
+launch+=("$python" -m "scripts.${stage//-/_}" "$directory")
 if [ -n "${DRY_RUN:-}" ]; then printf '%q ' "${launch[@]}"; exit; fi
 rm -f "$directory/retry"; "${launch[@]}" && exit 0 || code=$?
 [ "$code" != 64 ] || exit 64

@@ -164,7 +164,7 @@ def test_the_table_of_stages_is_true():
     """README has a row for each stage of the stage table, and a column for each cluster."""
     rows = [line.text for line in lines("README.md") if re.match(r"\| `make ", line.text)]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-    shown = {re.search(r"make (\w+)", row[0])[1]: row for row in cells}
+    shown = {re.search(r"make ([\w-]+)", row[0])[1]: row for row in cells}
     assert list(shown) == stages.names()
     for stage, (_, size, local, slurm, kubernetes) in shown.items():
         row = stages.row(stage)

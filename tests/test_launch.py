@@ -54,6 +54,8 @@ from tests.support.runs import ROOT
         ("data", {"DATA": "/no/such.txt"}, ["DATA=/no/such.txt", "no such file"]),
         ("finetune", {"FROM": "/no/such", "DATA": "{sets}"}, ["/no/such", "no such directory"]),
         ("finetune", {"DATA": "{sets}"}, ["needs a model", "make pretrain", "FROM="]),
+        ("nccl-check", {}, ["one rank has no other to talk to", "GPUS=2 or NODES=2"]),
+        ("nccl-check", {"GPUS": "2", "ARGS": "--x"}, ["ARGS=--x: nccl-check takes none"]),
         ("deploy", {"PORT": "http"}, ["PORT=http", "number"]),
         ("deploy", {"PORT": "70000"}, ["PORT=70000"]),
         ("deploy", {"BIND": "0.0.0.0"}, ["BIND=0.0.0.0", "API_KEY_FILE", "openssl"]),

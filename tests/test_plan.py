@@ -127,6 +127,8 @@ def test_a_new_stage_touches_no_launcher_module(checkout, cluster):
     (model / "stage.json").write_text('{"status": "done"}')
     result = launch(checkout, "distil", **options)
     assert f"{model / 'model'}: no config.json" in result.stderr
+    assert "distil" not in launch(checkout, "status", RUN="x").stdout, "it is not of the line"
+    (checkout.parent / "runs/x/distil").mkdir()
     assert "distil" in launch(checkout, "status", RUN="x").stdout
     assert "distil" not in launch(checkout, "pipeline", **{**options, "DATA": ""}).stdout
     assert "distil_ARGS".upper() in launch(checkout, "pipeline", ARGS="x").stderr

@@ -33,7 +33,7 @@ UPSTREAM = {"torchtitan", "torchtune", "lm_eval", "vllm"}
 def room(module):
     """Name the room of a module: its folder, or what a file at the top of scripts/ is."""
     name = module.split(".")[1] if "." in module else ""
-    return "stage script" if name in stages.names() else name
+    return "stage script" if name in {row.module for row in stages.TABLE} else name
 
 
 def imports(module):

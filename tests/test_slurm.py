@@ -313,6 +313,26 @@ def test_the_pipeline_the_gate_and_a_service(lab):
     assert_ends(lab, "line", "deploy", "FAILED")  # exit 75, not requeued
 
 
+def test_the_network_between_two_nodes_is_checked(lab, monkeypatch):
+    """The table, and the refusal where the site asks for EFA: there is no GPU, so gloo's sockets
+    were used."""
+    make("nccl-check", RUN="fabric", CLUSTER="slurm", NODES="2")
+    assert_ends(lab, "fabric", "nccl-check", "COMPLETED")
+    output = said("fabric", "nccl-check")
+    for line in (r"2 ranks on 2 nodes: \S+, \S+", r"all-reduce +16 MB +\d+\.\d+ GB/s"):
+        assert re.search(line, output), f"no line {line!r}:\n{output}"
+    summary = finished(stage_dir("fabric", "nccl-check"))["summary"]
+    assert [(p["first"], p["second"]) for p in summary["pairs"]] == [(0, 1)]
+    assert_status("fabric", "nccl-check", "^nccl-check done", "gloo over TCP sockets")
+
+    monkeypatch.setenv("NCCL_NET", "AWS Libfabric")
+    make("nccl-check", RUN="efa", CLUSTER="slurm", NODES="2")
+    assert_ends(lab, "efa", "nccl-check", "FAILED")
+    assert_status("efa", "nccl-check", "refused", "asks for EFA, but sockets were used")
+    assert_restarts(lab, "efa", "nccl-check", 0)
+    assert "GB/s" in said("efa", "nccl-check"), "the table is shown all the same"
+
+
 def test_data_on_two_nodes_has_the_bytes_of_one(lab):
     """Each node reads its own files of the source; the sets, and what is said of them, are equal to
     those that this machine makes alone."""

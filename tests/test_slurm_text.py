@@ -16,7 +16,7 @@ from scripts.clusters.slurm_queue import in_queue
 from scripts.run import stages
 from tests.support.goldens import dry_run
 from tests.support.launching import assert_refused, launch
-from tests.support.runs import ROOT, STAGES
+from tests.support.runs import ROOT
 
 APPTAINER = ': "${RELAY_RUNTIME:=apptainer}" "${RELAY_IMAGE:=relay.sif}"\n'
 
@@ -57,11 +57,11 @@ def srun(checkout, **env):
 # --- parity ---
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", stages.names())
 def test_local_and_slurm_run_the_same(stage, model):
     """One command in the job and the same facts; where a service listens is the cluster's
     matter."""
-    outputs = {}
+    outputs, module = {}, stages.row(stage).module
     for cluster in CLUSTERS:
         said = dry_run(
             stage,
@@ -80,7 +80,7 @@ def test_local_and_slurm_run_the_same(stage, model):
         assert f"cat > runs/x/{stage}/stage.env" in files, f"no stage.env is written:\n{files}"
         outputs[cluster] = (
             files,
-            re.search(rf"\S*/python -m scripts\.{stage} runs/x/{stage}", block)[0],
+            re.search(rf"\S*/python -m scripts\.{module} runs/x/{stage}", block)[0],
         )
     assert outputs["slurm"] == outputs["local"]
 
@@ -333,8 +333,8 @@ def test_lint_sees_what_sbatch_passes_over(checkout, edit, words):
 
 def test_the_tree_is_as_thin_as_it_says():
     assert len((ROOT / "slurm/run.sh").read_text().splitlines()) <= 72
-    assert {p.stem for p in (ROOT / "slurm").glob("*.sbatch")} == set(STAGES)
-    for stage in STAGES:
+    assert {p.stem for p in (ROOT / "slurm").glob("*.sbatch")} == set(stages.names())
+    for stage in stages.names():
         assert len((ROOT / f"slurm/{stage}.sbatch").read_text().splitlines()) <= 15
         assert ("gpus" in "".join(slurm_site.header(stage))) == (
             stage in ("evaluate", "deploy")

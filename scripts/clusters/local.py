@@ -61,7 +61,7 @@ class Local(Cluster):
             "PET_NNODES": str(submission.nodes),
             "PET_NPROC_PER_NODE": str(submission.gpus),
         }
-        words = ["-m", f"scripts.{submission.row.name}", relative(submission.directory)]
+        words = ["-m", f"scripts.{submission.row.module}", relative(submission.directory)]
         if containers.engine(self.environment):
             words = ["python3", *words]
             return {}, containers.command(submission, variables, words, self.environment)

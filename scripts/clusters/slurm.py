@@ -111,7 +111,7 @@ class Slurm(Cluster):
     def render(self, submission: Submission, after: str = "") -> str:
         """Format the line, the job's id in a variable for the stages after it; in comments what
         site.env and the shell add to it, and what slurm/run.sh will start on each node."""
-        name = submission.row.name
+        name = submission.row.module  # a shell's variable may have no -
         file = shlex.quote(relative(submission.directory / "job.json"))
         # So that make finds the job while it waits; ":?" ends a script where sbatch refused.
         content = '{"cluster": "slurm", "job": "%s", "submitted": %s}\\n'

@@ -26,6 +26,7 @@ from scripts.job.stage import RankFailed, Stage, Stopped
 from scripts.run import attempts, files, layout, retry
 from scripts.run.errors import InputError
 from scripts.run.processes import bound, how_it_ended, tail
+from scripts.run.stages import row
 
 STOP_SECONDS = 10.0  # from SIGTERM to SIGKILL, for ranks that have nothing to save
 
@@ -159,7 +160,7 @@ class Parent(Stage):
         A single rank is started directly: torchrun takes five seconds to start one process.
         Raises InputError, Stopped or RankFailed.
         """
-        command = [sys.executable, "-m", f"scripts.{self.name}", str(self.directory)]
+        command = [sys.executable, "-m", f"scripts.{row(self.name).module}", str(self.directory)]
         if self.environment.world > 1:
             if self.environment.node == 0:
                 nodes.call(self.directory, self.environment, nodes.START, self.attempt_number)

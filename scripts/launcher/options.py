@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,8 +64,10 @@ def folder_names(folder: Path) -> set[str]:
 def read(verb: str, env: Mapping[str, str]) -> Options:
     """Parse and check every option. Raises InputError with all problems at once."""
     given = _Given(verb, env)
+    row = stages.row(verb) if verb in stages.names() else None
     model, cluster = given.text("MODEL", "debug"), given.text("CLUSTER", "local")
-    name = given.text("RUN", model)
+    now = f"{verb}-{time.strftime('%m%d-%H%M%S')}"
+    name = given.text("RUN", now if row and row.alone else model)
     found = check_run_name(name) + _model_problems(verb, model)
     if cluster not in CLUSTERS:
         found.append(f"CLUSTER={cluster}: not yet; known: {', '.join(CLUSTERS)}")
@@ -77,7 +80,8 @@ def read(verb: str, env: Mapping[str, str]) -> Options:
     if nodes > 1 and cluster == "local":
         mend = f"use GPUS={nodes} for that many processes on it"
         found.append(f"NODES={nodes}: CLUSTER=local is one machine; {mend}")
-    row = stages.row(verb) if verb in stages.names() else None
+    if row and nodes * gpus < row.least_ranks:
+        found.append(f"{verb}: one rank has no other to talk to; give GPUS=2 or NODES=2")
     several = [] if not row or row.ranks else [("GPUS", gpus)]
     several += [("NODES", nodes)] if row and not row.ranks and not row.spreads else []
     if any(n > 1 for _, n in several):
@@ -149,6 +153,8 @@ class _Given:
     def arguments(self, row: StageRow) -> list[str]:
         text = self.env.get(f"{row.name.upper()}_ARGS", "")
         text = text or (self.env.get("ARGS", "") if row.name == self.verb else "")
+        if text and not row.has_config:
+            self.problems.append(f"ARGS={text}: {row.name} takes none; leave it out")
         try:
             return shlex.split(text)
         except ValueError as error:

@@ -29,7 +29,7 @@ def prepare(
         size = (options.nodes, 1)
     submission = Submission(options.run.stage(row.name), *size)
     found: list[str] = []
-    facts = {"MODEL": options.model, **_data_fact(options, row)}
+    facts = {} if row.alone else {"MODEL": options.model, **_data_fact(options, row)}
     if "corpus" in row.reads:
         found += sources.problems(options)
     model = _model_read(options, row, pending)
@@ -39,7 +39,7 @@ def prepare(
             found += modeldir.problems(model)
     elif row.from_scratch:
         found += _add_architecture(submission, options.model)
-    else:
+    elif "model" in row.reads:
         first = stages.trained()[0]
         found.append(
             f"{row.name} needs a model: train one in this run (make {first} "

@@ -40,6 +40,8 @@ def result(directory: Path, cluster: Cluster) -> str:
         # The choices are some of the held-out conversations once more.
         rows = sum(n for name, n in summary["rows"].items() if name != "heldout_choice")
         return f"{rows:,} rows from {summary['source']}"
+    if makes == "report":
+        return str(summary["result"])
     if makes == "verdict":
         return ", ".join(f"{name} {value:.3f}" for name, value in summary["scores"].items())
     return f"loss {summary['loss']:.3f}" if "loss" in summary else ""
@@ -87,7 +89,7 @@ def table(
     waits for or why it failed. Without `jobs` what is recorded is all there is."""
     check_exists(run)
     rows = [("stage", "status", "seconds", "tokens/s", "result")]
-    rows += [_line(run.stage(name), clusters, (jobs or {}).get(name)) for name in stages.names()]
+    rows += [_line(run.stage(name), clusters, (jobs or {}).get(name)) for name in _shown(run)]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = []
     for cells in rows:
@@ -96,6 +98,14 @@ def table(
         ]
         lines.append(f"{'  '.join(padded)}  {cells[4]}".rstrip())
     return f"run {run.name}\n" + "\n".join(lines)
+
+
+def _shown(run: Run) -> list[str]:
+    """Name the stages of a run's table: the line, and what else was run; a run that has nothing of
+    the line shows none of it."""
+    there = [name for name in stages.names() if run.stage(name).is_dir()]
+    line = [] if there and not set(there) & set(stages.line()) else stages.line()
+    return [*line, *(name for name in there if name not in stages.line())]
 
 
 def _line(

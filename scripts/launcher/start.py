@@ -114,5 +114,5 @@ def show(options: Options) -> int:
         else:
             print(step.submission.as_shell())
             print(options.here.render(step.submission, todo.after(step)) + "\n")
-            todo.under_way[name] = f"${name}"
+            todo.under_way[name] = f"${step.row.module}"
     return DONE

@@ -11,13 +11,25 @@ class StageRow(NamedTuple):
 
     name: str
     reads: tuple[str, ...]  # "corpus" (DATA as the user has it), "sets" (prepared DATA), "model"
-    makes: str  # "sets", "model", "verdict" or "service"
+    makes: str  # "sets", "model", "verdict", "service" or "report"
     ranks: bool = False  # starts NODES × GPUS ranks; any other stage is one process
     spreads: bool = False  # that process may run on each of NODES, and share the work
     from_scratch: bool = False  # needs no FROM: the architecture of MODEL is enough
     has_config: bool = True  # has a config, and takes ARGS
     in_line: bool = True  # belongs to make pipeline
     trains_on: str = ""  # the kind of rows in its sets: text, chat or pair
+    least_ranks: int = 1  # with fewer there is nothing to do
+
+    @property
+    def module(self) -> str:
+        """Name its script, as in scripts.<module>; a name may have a -, a module may not."""
+        return self.name.replace("-", "_")
+
+    @property
+    def alone(self) -> bool:
+        """Tell whether the stage needs nothing of a run, and waits for nothing in it: each call is
+        a run of its own, unless RUN says which."""
+        return not self.reads
 
     @property
     def serves(self) -> bool:
@@ -34,6 +46,9 @@ TABLE = (
     StageRow("align", ("sets", "model"), "model", ranks=True, trains_on="pair"),
     StageRow("evaluate", ("sets", "model"), "verdict"),
     StageRow("deploy", ("model",), "service"),
+    StageRow(
+        "nccl-check", (), "report", ranks=True, has_config=False, in_line=False, least_ranks=2
+    ),
 )
 
 
@@ -43,8 +58,13 @@ def row(name: str) -> StageRow:
 
 
 def names() -> list[str]:
-    """Name every stage, in the order of the line."""
+    """Name every stage, in the order of the line; then those that are outside it."""
     return [r.name for r in TABLE]
+
+
+def line() -> list[str]:
+    """Name the stages of the line, in order."""
+    return [r.name for r in TABLE if r.in_line]
 
 
 def maker(product: str) -> StageRow:
@@ -58,5 +78,5 @@ def trained() -> list[str]:
 
 
 def before(name: str) -> list[str]:
-    """Name the stages that stand before this one."""
-    return names()[: names().index(name)]
+    """Name the stages that stand before this one, and that it may wait for."""
+    return [] if row(name).alone else names()[: names().index(name)]

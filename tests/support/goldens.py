@@ -23,6 +23,10 @@ CASES = {
         "pipeline",
         {"RUN": "demo", "CLUSTER": "slurm", "NODES": "2", "GPUS": "8"},
     ),
+    "slurm-nccl-check.txt": (
+        "nccl-check",
+        {"RUN": "fabric", "CLUSTER": "slurm", "NODES": "2", "GPUS": "8"},
+    ),
 }
 BUILD_PLAN = "image-cuda.txt"
 

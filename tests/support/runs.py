@@ -11,7 +11,7 @@ from scripts.run import attempts, files, layout, processes, stages
 from scripts.run.digests import Digests
 
 ROOT = layout.ROOT
-STAGES, TRAINED = stages.names(), stages.trained()
+STAGES, TRAINED = stages.line(), stages.trained()
 BEFORE = {
     "finetune": "pretrain",
     "align": "finetune",
