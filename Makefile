@@ -6,7 +6,7 @@ MODEL   ?= debug
 CLUSTER ?= local
 OPTIONS := RUN MODEL CLUSTER NODES GPUS FROM DATA ARGS STAGE DRY_RUN FORCE BIND PORT API_KEY_FILE \
   PROMPT RUNS VALIDATION COLUMNS DATA_ARGS PRETRAIN_ARGS FINETUNE_ARGS ALIGN_ARGS EVALUATE_ARGS \
-  DEPLOY_ARGS RUNTIME IMAGE
+  DEPLOY_ARGS RUNTIME IMAGE MOUNTS
 IMAGE_OPTIONS := ACCELERATOR BASE_IMAGE EFA TAG WHEELS TORCH_CPU OUT LINE
 # As they were given: make would read a $ in them as its own variable, and run a $(shell …).
 $(foreach name,$(OPTIONS) $(IMAGE_OPTIONS),$(eval override $(name) := $$(value $(name))))
@@ -22,8 +22,8 @@ LAUNCHER := scripts/run scripts/clusters scripts/launcher
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo pipeline data pretrain finetune align evaluate deploy undeploy chat \
-  nccl-check status logs lineage stop cancel clean filters test test-all test-slurm lint lock golden image squashfs \
-  sif image-push image-check sbom reinstall
+  nccl-check status logs lineage stop cancel clean filters test test-all test-slurm lint lock \
+  golden image squashfs sif image-push image-check sbom reinstall
 
 # STEPS=50 would train with the default. Names with a _ may be a program's, as SBATCH_TIMELIMIT.
 UNKNOWN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
@@ -33,7 +33,7 @@ $(if $(UNKNOWN),$(error $(UNKNOWN): no such variable; make help lists them, ARGS
 
 help: ## This help
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
-	  /^[a-z-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	  /^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@printf '\nVariables\n'
 	@printf '  %-22s %s\n' \
 	  'RUN=name' 'the run (default: the name of MODEL)' \

@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 . ./versions.env
 accelerator=${ACCELERATOR:-cuda}
 case $accelerator in
-  cuda) base=$CUDA_BASE_IMAGE efa=${EFA:-$EFA_INSTALLER_VERSION} ;;
+  cuda) base=$CUDA_BASE_IMAGE@$CUDA_BASE_DIGEST efa=${EFA:-$EFA_INSTALLER_VERSION} ;;
   cpu) base=$CPU_BASE_IMAGE efa=${EFA:-none} ;;
   *) echo "error: ACCELERATOR=$accelerator: cuda or cpu" >&2; exit 64 ;;
 esac
@@ -52,4 +52,5 @@ DOCKER_BUILDKIT=1 "$engine" "${words[@]}" . || {
   echo "error: not built; ${free:-?} free in $root, and 20 GB are needed for a while" >&2
   exit "$code"
 }
-echo "built ${TAG:-torch-relay:$accelerator}; make image-check IMAGE=${TAG:-torch-relay:$accelerator}"
+tag=${TAG:-torch-relay:$accelerator}
+echo "built $tag; make image-check IMAGE=$tag"

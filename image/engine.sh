@@ -14,7 +14,7 @@ for name in ${RUNTIME:-docker podman}; do
   fi
 done
 if [ -z "$engine" ]; then
-  echo "error: no container engine answers: ${said%; }. Install podman, start docker, or say which" \
-    "with RUNTIME=" >&2
+  echo "error: no container engine answers: ${said%; }. Install podman, start docker, or say" \
+    "which with RUNTIME=" >&2
   exit 64
 fi

@@ -15,15 +15,18 @@ scratch=$(mktemp -d "$out.XXXX")
 trap 'rm -rf "$scratch"' EXIT
 case $kind in
   sqsh)
-    needs sqfstar "install squashfs-tools 4.5 or newer"
+    needs mksquashfs "install squashfs-tools 4.5 or newer"
     container=$("$engine" create "$image" true)
     trap '"$engine" rm "$container" > /dev/null; rm -rf "$scratch"' EXIT
     # An export loses the image's variables. enroot reads them from /etc/environment.
     "$engine" image inspect --format '{{range .Config.Env}}{{println .}}{{end}}' "$image" \
       > "$scratch/environment"
     "$engine" cp "$scratch/environment" "$container:/etc/environment"
-    "$engine" export "$container" | sqfstar -quiet -no-progress -comp zstd \
-      -Xcompression-level 3 "$scratch/image" ;;
+    # No plain pipe: podman waits for ever where mksquashfs has died, of a full disk for example.
+    mkfifo "$scratch/tar"
+    "$engine" export "$container" > "$scratch/tar" &
+    mksquashfs - "$scratch/image" -tar -quiet -no-progress -comp zstd -Xcompression-level 3 \
+      < "$scratch/tar" || { kill %1 2> /dev/null; exit 1; } ;;
   sif)
     needs apptainer "https://apptainer.org has packages"
     "$engine" save --output "$scratch/archive" "$image"

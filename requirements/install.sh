@@ -20,7 +20,9 @@ enough="sys.version_info[:2] >= tuple(map(int, '$PYTHON_MINIMUM'.split('.')))"
 why="as ACCELERATOR says"
 if [ -z "${ACCELERATOR:-}" ]; then
   ACCELERATOR=cpu why="no driver of NVIDIA's here"
-  if [ -e /proc/driver/nvidia/version ]; then ACCELERATOR=cuda why="a driver of NVIDIA's is here"; fi
+  if [ -e /proc/driver/nvidia/version ]; then
+    ACCELERATOR=cuda why="a driver of NVIDIA's is here"
+  fi
 fi
 case $ACCELERATOR in cpu | cuda) ;; *)
   echo "error: ACCELERATOR=$ACCELERATOR: cpu or cuda" >&2

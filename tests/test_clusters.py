@@ -62,13 +62,13 @@ def test_what_does_not_leave_is_killed(runs, monkeypatch, capsys, save):
     assert attempts.status(directory) == "lost"
 
 
-def test_a_stage_in_the_foreground_is_killed_after_its_time(monkeypatch, capfd):
+def test_a_stage_in_the_foreground_is_killed_after_its_time(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(local, "LEAVE_GRACE", 1)
     code = DEAF + "print(1, flush=True); time.sleep(60)"
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     child.stdout.readline()
     subprocess.Popen([sys.executable, "-c", f"import os; os.kill({os.getpid()}, 15)"])
-    assert local._wait(child, saves=False) == -signal.SIGKILL
+    assert local._wait(child, False, tmp_path) == -signal.SIGKILL
     assert "did not leave in 1 s: killed" in capfd.readouterr().err
 
 

@@ -24,7 +24,7 @@ DOCS = [name for name in FILES if name.endswith(".md")]
 FOLDERS = {name.split("/")[0] for name in FILES if "/" in name}
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, re.M))
-OPTIONS = set(re.findall(r"[A-Z_]{3,}", MAKEFILE.split("OPTIONS :=")[1].split("\n#")[0]))
+OPTIONS = set(re.findall(r"[A-Z_]{3,}", MAKEFILE.split("\nOPTIONS :=")[1].split("\n#")[0]))
 OPTIONS |= {"PYTHON"}
 THEIRS = re.compile("(SBATCH|SLURM|NCCL|OMP)_")  # variables of programs that are not ours
 

@@ -78,7 +78,7 @@ def command(
     if os.path.exists("/dev/nvidiactl"):
         found += ["--gpus=all"] if name == "docker" else ["--device=nvidia.com/gpu=all"]
     found += [f"--workdir={ROOT}", *_mounts(submission)]
-    for given in environment.get("RELAY_MOUNTS", "").split(","):
+    for given in environment.get("MOUNTS", "").split(","):
         found += [f"--volume={given}"] if given else []
     passed = {k for k, v in environment.items() if v and PASSED.fullmatch(k)} - set(variables)
     found += [f"--env={key}" for key in sorted(passed)]

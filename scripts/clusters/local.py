@@ -81,7 +81,7 @@ class Local(Cluster):
         # launcher; bound to it, the stage then saves and leaves.
         bound_words = bound(words, signal.SIGTERM)
         child = subprocess.Popen(bound_words, cwd=ROOT, env=environment, start_new_session=True)
-        code = _wait(child, submission)
+        code = _wait(child, submission.row.ranks, submission.directory)
         if code < 0:
             how = f"killed by {signal.Signals(-code).name}"
             print(f"{submission.row.name}: {how}; the same command goes on", file=sys.stderr)
@@ -114,7 +114,7 @@ class Local(Cluster):
                 deadline = float("inf")
 
 
-def _wait(child: subprocess.Popen[bytes], submission: Submission) -> int:
+def _wait(child: subprocess.Popen[bytes], saves: bool, directory: Path) -> int:
     """Wait for a stage script, pass Ctrl-C and SIGTERM on to it, and kill it if it does not leave
     in time after that: Python code runs no signal handler while a library in C works."""
     asked: list[float] = []
@@ -129,11 +129,10 @@ def _wait(child: subprocess.Popen[bytes], submission: Submission) -> int:
         try:
             code = child.wait(1)
         except subprocess.TimeoutExpired:
-            saves = submission.row.ranks and len(asked) == 1
-            grace = SAVE_GRACE if saves else LEAVE_GRACE
+            grace = SAVE_GRACE if saves and len(asked) == 1 else LEAVE_GRACE
             if asked and time.monotonic() > asked[-1] + grace:
                 print(f"it did not leave in {grace} s: killed", file=sys.stderr)
-                attempt = attempts.running(submission.directory)
+                attempt = attempts.running(directory)
                 if attempt:  # in a container it outlives the engine's command
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(attempt["pid"], signal.SIGKILL)

@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.support.lanes import lacking
 from tests.support.runs import ROOT
 
-NEEDED = ("podman", "runc", "mmdebstrap", "sqfstar")
+NEEDED = ("podman", "runc", "mmdebstrap", "mksquashfs")
 BASE = "localhost/torch-relay-base:bookworm"
 # crun and systemd's cgroups do not work in every machine that tests run on; the network is the
 # machine's, since a build asks its package index.
