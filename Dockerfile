@@ -1,7 +1,7 @@
 # The image that every stage runs in, on Slurm, Kubernetes or by RUNTIME=podman: make image builds
 # it (image/build.sh), from the pins of versions.env and requirements/*.lock.
 #
-# Docker BuildKit, podman 4.3 and buildah 1.28 build it alike: no heredoc, no COPY --link, and no
+# Written for Docker BuildKit, podman 4.3 and buildah 1.28 alike: no heredoc, no COPY --link, and no
 # syntax line, for which BuildKit would ask a registry.
 ARG BASE_IMAGE
 # Empty, unless --build-context wheels=folder puts a folder of wheels in its place (make image
@@ -59,7 +59,7 @@ RUN --mount=type=bind,from=wheels,target=/wheels \
     fi \
  && export PIP_NO_CACHE_DIR=1 UV_NO_CACHE=1 LOCKS="requirements/$ACCELERATOR.lock" \
  && sh requirements/install.sh \
- && rm -rf /root/.cache /tmp/*
+ && rm -rf ~/.cache /tmp/*
 
 # Any user may write this home: a launcher starts the image as the one who owns the run, and the
 # tools cache there. USER and HOME, since such a user has no line in /etc/passwd.

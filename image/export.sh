@@ -11,7 +11,7 @@ needs() { command -v "$1" > /dev/null || { echo "error: $1: not on PATH; $2" >&2
 . image/engine.sh
 "$engine" image inspect "$image" > /dev/null 2>&1 ||
   { echo "error: IMAGE=$image: $engine has no such image; make image, or IMAGE=" >&2; exit 64; }
-scratch=$(mktemp -d "$out.XXXX")
+scratch=$(mktemp -d "$out.XXXX") # beside it, so that the last step is a rename
 trap 'rm -rf "$scratch"' EXIT
 case $kind in
   sqsh)
@@ -25,8 +25,10 @@ case $kind in
     # No plain pipe: podman waits for ever where mksquashfs has died, of a full disk for example.
     mkfifo "$scratch/tar"
     "$engine" export "$container" > "$scratch/tar" &
+    export=$!
     mksquashfs - "$scratch/image" -tar -quiet -no-progress -comp zstd -Xcompression-level 3 \
-      < "$scratch/tar" || { kill %1 2> /dev/null; exit 1; } ;;
+      < "$scratch/tar" || { kill "$export" 2> /dev/null; exit 1; }
+    wait "$export" ;; # one that broke off leaves a file that looks whole
   sif)
     needs apptainer "https://apptainer.org has packages"
     "$engine" save --output "$scratch/archive" "$image"
