@@ -27,8 +27,8 @@ LAUNCHER := scripts/run scripts/clusters scripts/launcher
 
 # STEPS=50 would train with the default. Names with a _ may be a program's, as SBATCH_TIMELIMIT.
 UNKNOWN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
-UNKNOWN := $(foreach name,$(filter-out PYTHON LANES ROUNDS,$(UNKNOWN)),$(if $(findstring \
-  _,$(name)),,$(name)))
+UNKNOWN := $(strip $(foreach name,$(filter-out PYTHON LANES ROUNDS,$(UNKNOWN)),$(if $(findstring \
+  _,$(name)),,$(name))))
 $(if $(UNKNOWN),$(error $(UNKNOWN): no such variable; make help lists them, ARGS="…" passes on))
 
 help: ## This help

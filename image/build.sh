@@ -47,9 +47,13 @@ fi
 . image/engine.sh
 DOCKER_BUILDKIT=1 "$engine" "${words[@]}" . || {
   code=$?
-  root=$("$engine" info --format '{{.DockerRootDir}}{{.Store.GraphRoot}}' 2> /dev/null || echo /)
-  free=$(df --output=avail -BG "$root" 2> /dev/null | tail -n 1)
-  echo "error: not built; ${free:-?} free in $root, and 20 GB are needed for a while" >&2
+  for field in .Store.GraphRoot .DockerRootDir; do # podman's name, docker's
+    root=$("$engine" info --format "{{$field}}" 2> /dev/null) && break || root=/
+  done
+  free=$(df --output=avail --block-size=G "$root" 2> /dev/null | tail -n 1 | tr -dc 0-9)
+  why="the last lines above say why"
+  [ "${free:-99}" -ge 20 ] || why="$free GB free in $root, and 20 GB are needed for a while"
+  echo "error: not built: $why" >&2
   exit "$code"
 }
 tag=${TAG:-torch-relay:$accelerator}

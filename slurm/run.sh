@@ -45,7 +45,10 @@ case $RELAY_RUNTIME in
       refuse "$SLURMD_NODENAME: no apptainer on PATH; site.env may set PATH"
     for name in ${names//,/ }; do export "APPTAINERENV_$name=${!name}"; done
     launch+=(apptainer exec --nv --bind "$mounts" --pwd "$PWD" "$RELAY_IMAGE") ;;
-  *) refuse "slurm/site.env: RELAY_RUNTIME=$RELAY_RUNTIME; known: none, pyxis, apptainer" ;;
+  oci) # the bundle's config.json names folder and mounts; a task is told no SLURM_NODEID
+    [ "${nodes:-1}" = 1 ] || refuse "slurm/site.env: RELAY_RUNTIME=oci runs on one node: NODES=1"
+    launch+=("--container=$RELAY_IMAGE") ;;
+  *) refuse "slurm/site.env: RELAY_RUNTIME=$RELAY_RUNTIME; known: none, pyxis, apptainer, oci" ;;
 esac
 launch+=("$python" -m "scripts.${stage//-/_}" "$directory")
 if [ -n "${DRY_RUN:-}" ]; then printf '%q ' "${launch[@]}"; exit; fi

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,17 @@ import pytest
 from tests.support.images import BASE, podman, prepare
 from tests.support.launching import assert_refused, call_make, make
 from tests.support.runs import ROOT, TRAINED, digest_tree, finished
+from tests.support.slurm_lab import Lab, until
 
 pytestmark = pytest.mark.slow  # on one worker (lanes.LANES): the image is built once
 TAG = "torch-relay:test"
 BUILD = {"ACCELERATOR": "cpu", "BASE_IMAGE": BASE, "TAG": TAG, "RUNTIME": "podman"}
+OCI = """\
+RunTimeQuery="runc --root={folder}/oci.%n state %n.%u.%j.%s.%t"
+RunTimeKill="runc --root={folder}/oci.%n kill -a %n.%u.%j.%s.%t"
+RunTimeDelete="runc --root={folder}/oci.%n delete --force %n.%u.%j.%s.%t"
+RunTimeRun="runc --root={folder}/oci.%n run %n.%u.%j.%s.%t -b %b"
+"""
 SMALL = {
     "PRETRAIN_ARGS": "--training.steps 30",
     "FINETUNE_ARGS": "max_steps_per_epoch=4 epochs=1",
@@ -30,6 +38,15 @@ def image(tmp_path_factory):
     prepare(tmp_path_factory.mktemp("containers"))
     print(make("image", **BUILD).stdout[-3000:])
     return TAG
+
+
+@pytest.fixture(scope="session")
+def bare(folder):
+    """The stages outside the image, with the sets in "sets"."""
+    make("data", RUN="sets")
+    make("pipeline", RUN="bare", DATA=str(folder / "sets/data"), **SMALL, PORT="8031")
+    make("undeploy", RUN="bare")
+    return folder
 
 
 def layers(image):
@@ -88,23 +105,64 @@ def test_nothing_secret_and_no_cache_is_in_any_layer(image):
     assert not re.search(r"://[^/\s]*:[^/\s]*@", history), "an address with a password"
 
 
-def test_stages_run_in_it_as_without(image, folder):
+def test_stages_run_in_it_as_without(image, bare):
     """The same sets, settings and threads: the same bytes in every model; and the caller's."""
-    given = {**SMALL, "PORT": "8031"}
-    make("data", RUN="sets")
-    data = str(folder / "sets/data")
-    make("pipeline", RUN="bare", DATA=data, **given)
-    make("undeploy", RUN="bare")
-    out = make("pipeline", RUN="inside", DATA=data, RUNTIME="podman", IMAGE=image, **given).stdout
+    given = {**SMALL, "PORT": "8031", "RUNTIME": "podman", "IMAGE": image}
+    out = make("pipeline", RUN="inside", DATA=str(bare / "sets/data"), **given).stdout
     assert "answered" in out
     make("undeploy", RUN="inside", RUNTIME="podman")
     for stage in TRAINED:
-        models = [digest_tree(folder / run / stage / "model") for run in ("bare", "inside")]
+        models = [digest_tree(bare / run / stage / "model") for run in ("bare", "inside")]
         assert models[0] == models[1], f"{stage}: other weights in the image"
-        versions = finished(folder / "inside" / stage)["versions"]
-        assert versions["torch"] == finished(folder / "bare" / stage)["versions"]["torch"]
-    foreign = [p for p in (folder / "inside").rglob("*") if p.stat().st_uid != os.getuid()]
+        versions = finished(bare / "inside" / stage)["versions"]
+        assert versions["torch"] == finished(bare / "bare" / stage)["versions"]["torch"]
+    foreign = [p for p in (bare / "inside").rglob("*") if p.stat().st_uid != os.getuid()]
     assert foreign == [], "the run belongs to the caller"
+
+
+@pytest.fixture
+def bundle(image, bare, tmp_path):
+    """The image as Slurm's own --container takes it: its files, what is mounted, no namespace but
+    the mounts'."""
+    folder = tmp_path / "bundle"
+    (folder / "rootfs").mkdir(parents=True)
+    subprocess.run(["runc", "spec", "--bundle", folder], check=True)
+    spec = json.loads((folder / "config.json").read_text())
+    spec["process"]["cwd"] = str(ROOT)
+    spec["linux"] = {"namespaces": [{"type": "mount"}]}
+    del spec["hostname"]  # would need a namespace
+    mounts = [m for m in spec["mounts"] if m["type"] in ("proc", "tmpfs")]  # proc, dev, dev/shm
+    mounts.append({"destination": tempfile.gettempdir(), "type": "tmpfs", "source": "tmpfs"})
+    for path in (str(ROOT), str(bare)):
+        mounts.append({"destination": path, "type": "bind", "source": path, "options": ["rbind"]})
+    (folder / "config.json").write_text(json.dumps({**spec, "mounts": mounts}))
+    container = podman("create", image, "true")
+    subprocess.run(["mount", "--bind", podman("mount", container), folder / "rootfs"], check=True)
+    yield folder
+    subprocess.run(["umount", folder / "rootfs"], check=True)
+    podman("rm", "--force", container)
+
+
+def test_slurm_runs_a_stage_in_it(bare, bundle, tmp_path_factory, monkeypatch):
+    """By Slurm's own --container and runc, the same bytes again; more nodes are refused, since each
+    would take itself for the first."""
+    lab = Lab(tmp_path_factory.mktemp("slurm"))
+    lab.folder.joinpath("oci.conf").write_text(OCI.format(folder=lab.folder))
+    lab.up()  # its nodes see the mounts that are there before
+    try:
+        monkeypatch.setenv("PATH", f"/opt/torch-relay/.venv/bin:{os.environ['PATH']}")
+        own = {**lab.environment, "RELAY_RUNTIME": "oci", "RELAY_IMAGE": str(bundle)}
+        given = {**own, "CLUSTER": "slurm", "DATA": str(bare / "sets/data")}
+        make("pretrain", RUN="oci", ARGS=SMALL["PRETRAIN_ARGS"], **given)
+        make("pretrain", RUN="two", NODES="2", **given)
+        until(lambda: (bare / "oci/pretrain/stage.json").exists(), seconds=180)
+        until(lambda: "NODES=1" in call_make("status", RUN="two", **given).stdout)
+    finally:
+        lab.down()
+    model = digest_tree(bare / "oci/pretrain/model")
+    assert model == digest_tree(bare / "bare/pretrain/model")
+    versions = [finished(bare / run / "pretrain")["versions"] for run in ("oci", "inside")]
+    assert versions[0] == versions[1], "not the image's"
 
 
 def test_it_starts_from_a_squashfs(image, tmp_path):

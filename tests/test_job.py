@@ -24,6 +24,7 @@ from scripts.run.layout import ROOT
 from scripts.run.processes import process_start
 
 TWO = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1"}
+FIRST = {**TWO, "PET_NODE_RANK": "0"}
 
 
 @pytest.fixture
@@ -49,6 +50,8 @@ def test_slurm_and_torchrun_name_the_node():
     found = JobEnvironment.read({**slurm, "RELAY_JOB": "c:7", "RELAY_ADDRESS": "10.0.0.1"})
     assert found == JobEnvironment(2, 1, 1, "c:7", "7-0.4", "10.0.0.1", world=2)
     assert JobEnvironment.read({**slurm, "PET_NODE_RANK": "0"}).node == 0, "torchrun's own wins"
+    with pytest.raises(InputError, match="which of 2 nodes this is, nobody says"):
+        JobEnvironment.read(TWO)  # a container of Slurm's own: each node took itself for node 0
 
 
 def test_a_single_rank_is_told_what_torchrun_would():
@@ -59,7 +62,7 @@ def test_a_single_rank_is_told_what_torchrun_would():
     assert (told["EXTRA"], told["HF_HUB_OFFLINE"]) == ("1", "0"), "the user's own wins"
     forget_rank(told)
     assert not set(OF_A_RANK) & set(told)
-    assert not set(OF_A_RANK) & set(JobEnvironment.read(TWO).for_ranks(1, {}, {}))
+    assert not set(OF_A_RANK) & set(JobEnvironment.read(FIRST).for_ranks(1, {}, {}))
 
 
 def variables_read(source: str) -> set[str]:
@@ -121,7 +124,7 @@ def second_node(directory: Path) -> Parent:
 
 
 def call(directory: Path, state: str, attempt: int) -> None:
-    nodes.call(directory, JobEnvironment.read({**TWO, "PET_RDZV_ID": "s"}), state, attempt)
+    nodes.call(directory, JobEnvironment.read({**FIRST, "PET_RDZV_ID": "s"}), state, attempt)
 
 
 def test_a_call_is_whole_or_none(directory):

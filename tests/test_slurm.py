@@ -39,7 +39,7 @@ from tests.support.runs import (
     stage_dir,
 )
 from tests.support.sets import chats, write_rows
-from tests.support.slurm_lab import Lab, missing
+from tests.support.slurm_lab import Lab, missing, until
 
 pytestmark = pytest.mark.slow  # on one worker (lanes.LANES): one cluster, which tests break
 PAIR = {"CLUSTER": "slurm", "NODES": "2", "GPUS": "1"}
@@ -95,24 +95,6 @@ def job(run, stage):
 
 def squeue(*words):
     return subprocess.run(["squeue", *words], capture_output=True, text=True).stdout
-
-
-def until(condition, seconds=120):
-    """Wait for something to be true; returns it."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, (
-            f"{seconds} s, and it did not come to that:\n{squeue()}\n{cluster_errors()}"
-        )
-        time.sleep(0.2)
-    return found
-
-
-def cluster_errors():
-    """Return the last errors that this cluster's daemons logged."""
-    logs = sorted(Path(os.environ.get("SLURM_CONF", "")).parent.glob("slurm*.log"))
-    lines = [f"{log.name}: {line}" for log in logs for line in log.read_text().splitlines()[-200:]]
-    return "\n".join(line for line in lines if "error" in line)[-3000:]
 
 
 def assert_ends(lab, run, stage, *states, seconds=300):

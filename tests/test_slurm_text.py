@@ -202,7 +202,7 @@ def test_an_admin_adapts_one_file(checkout):
         (
             True,
             ': "${RELAY_RUNTIME:=docker}"',
-            ["RELAY_RUNTIME=docker", "known: none, pyxis, apptainer"],
+            ["RELAY_RUNTIME=docker", "known: none, pyxis, apptainer, oci"],
         ),
         (True, ': "${RELAY_RUNTIME:=pyxis}"', ["needs RELAY_IMAGE"]),
         (

@@ -14,7 +14,7 @@ from scripts.run.layout import ROOT
 from scripts.run.preflight import venv_problems
 
 SITE = "slurm/site.env"
-RUNTIMES = ("none", "pyxis", "apptainer")
+RUNTIMES = ("none", "pyxis", "apptainer", "oci")
 TOLD = re.compile("(SBATCH|RELAY|NCCL|GLOO|FI)_")  # what of its variables a dry run shows
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Optional
 
+from scripts.run.errors import InputError
 from scripts.run.layout import ROOT
 
 # torchrun sets these for each rank.
@@ -37,7 +38,8 @@ class JobEnvironment:
 
     @classmethod
     def read(cls, variables: Mapping[str, str] = os.environ) -> JobEnvironment:
-        """Read the variables. Raises ValueError for a number that is none."""
+        """Read the variables. Raises ValueError for a number that is none, InputError where nobody
+        says which of several nodes this is: each would take itself for node 0."""
 
         def number(name: str, default: int) -> int:
             return int(variables.get(name) or default)
@@ -46,6 +48,11 @@ class JobEnvironment:
         # A restarted job has a new rendezvous, a restarted step alone a new step.
         start = (variables.get(name) for name in ("PET_RDZV_ID", "SLURM_STEP_ID"))
         is_rank = "RANK" in variables
+        if nodes > 1 and not (variables.get("PET_NODE_RANK") or variables.get("SLURM_NODEID")):
+            raise InputError(
+                f"which of {nodes} nodes this is, nobody says: PET_NODE_RANK and SLURM_NODEID are"
+                " not set (Slurm's own --container sets neither: NODES=1 there)"
+            )
         return cls(
             nodes=nodes,
             # One node of a larger allocation may have any SLURM_NODEID: alone, it is node 0.

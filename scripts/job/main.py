@@ -40,7 +40,12 @@ def run(main: Work, rank: Optional[Callable[[Rank], object]] = None) -> None:
         usage = "usage: python -m scripts.<stage> runs/<run>/<stage> (with its stage.env)"
         print(f"{usage}; got {sys.argv[1:]}", file=sys.stderr)
         sys.exit(WRONG_INPUT)
-    directory, environment = Path(sys.argv[1]), JobEnvironment.read()
+    directory = Path(sys.argv[1])
+    try:
+        environment = JobEnvironment.read()
+    except InputError as problem:
+        print(f"{directory.resolve().name}: {problem}", file=sys.stderr)
+        sys.exit(WRONG_INPUT)
     if environment.rank is not None and rank is not None:
         run_rank(directory, environment, rank)
     else:

@@ -247,6 +247,24 @@ class Lab:
                 os.kill(pid, signal.SIGKILL)
 
 
+def until(condition, seconds=120):
+    """Wait for something to be true; returns it."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        if time.monotonic() > deadline:
+            queue = subprocess.run(["squeue"], capture_output=True, text=True).stdout
+            raise AssertionError(f"{seconds} s, and it did not come to that:\n{queue}\n{_errors()}")
+        time.sleep(0.2)
+    return found
+
+
+def _errors():
+    """Return the last errors that this cluster's daemons logged."""
+    logs = sorted(Path(os.environ.get("SLURM_CONF", "")).parent.glob("slurm*.log"))
+    lines = [f"{log.name}: {line}" for log in logs for line in log.read_text().splitlines()[-200:]]
+    return "\n".join(line for line in lines if "error" in line)[-3000:]
+
+
 def _free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
     for one in sockets:
