@@ -38,7 +38,7 @@ help: ## This help
 	@printf '  %-22s %s\n' \
 	  'RUN=name' 'the run (default: the name of MODEL)' \
 	  'MODEL=debug' 'which configs/<stage>/<name>.* are used; the weights are those of FROM' \
-	  'CLUSTER=local|slurm' 'where stages run' \
+	  'CLUSTER=local|slurm|k8s' 'where stages run' \
   'RUNTIME=docker|podman' 'with CLUSTER=local: run them in IMAGE= (docs/image.md)' \
 	  'NODES=1 GPUS=1' 'nodes, and processes on each' \
 	  'RUNS=folder' 'where runs are (default: runs/ here); in every command of a run' \

@@ -25,8 +25,9 @@ ROOMS = {  # what each may import, beside itself
     "corpus": {"run"},
     "stage script": {"corpus", "tools", "job", "run"},
     "components": {"tools"},
+    "volume": {"run"},
 }
-LAUNCHER_SIDE = ("run", "clusters", "launcher", "launch")
+LAUNCHER_SIDE = ("run", "clusters", "launcher", "launch", "volume")
 UPSTREAM = {"torchtitan", "torchtune", "lm_eval", "vllm"}
 
 

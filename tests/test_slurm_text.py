@@ -10,7 +10,6 @@ import sys
 import pytest
 
 from scripts.clusters import slurm_site
-from scripts.clusters.catalog import CLUSTERS
 from scripts.clusters.interface import Job
 from scripts.clusters.slurm_queue import in_queue
 from scripts.run import stages
@@ -62,7 +61,7 @@ def test_local_and_slurm_run_the_same(stage, model):
     """One command in the job and the same facts; where a service listens is the cluster's
     matter."""
     outputs, module = {}, stages.row(stage).module
-    for cluster in CLUSTERS:
+    for cluster in ("local", "slurm"):  # k8s: tests/test_kubernetes_text.py
         said = dry_run(
             stage,
             {

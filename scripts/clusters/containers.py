@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Mapping
 
 from scripts.run.digests import sha256
@@ -60,7 +61,8 @@ def problems(environment: Mapping[str, str]) -> list[str]:
     if lock != sha256(path):
         print(
             f"warning: {wanted} was built from another {relative(path)} ({lock}) than this"
-            f" checkout's ({sha256(path)}); make image builds it anew"
+            f" checkout's ({sha256(path)}); make image builds it anew",
+            file=sys.stderr,
         )
     return []
 

@@ -50,6 +50,7 @@ class Cluster(ABC):
 
     name: ClassVar[str]  # CLUSTER=
     listens: ClassVar[str]  # the address where a service listens unless BIND says otherwise
+    sees_runs: ClassVar[bool] = True  # False: the run directories are not on this machine
 
     def __init__(self, environment: Mapping[str, str]):
         self.environment = dict(environment)
@@ -92,6 +93,10 @@ class Cluster(ABC):
         """Bring the run's small files to where the launcher reads them. Nothing to do where the
         launcher sees the run directory itself."""
 
+    def remove(self, path: Path, run: Run) -> None:  # noqa: B027  most clusters have nothing to do
+        """Remove what lies elsewhere of a run, or of one stage: `path` is its folder here. Raises
+        InputError if it cannot. Nothing to do where the launcher sees the run directory itself."""
+
     def reach(self, directory: Path) -> str:
         """Return the URL of a stage's running service, "" where none runs. May open a tunnel that
         lives as long as this process."""
@@ -121,7 +126,7 @@ class Cluster(ABC):
 NOT_A_STAGES = re.compile(
     r"ARGS|DRY_RUN|MAKEFLAGS|MAKELEVEL|MFLAGS|PYTHONPATH|PYTHONHOME"
     r"|((LOCAL_|GROUP_|NODE_)?RANK|(LOCAL_|GROUP_)?WORLD_SIZE|MASTER_(ADDR|PORT)|ROLE_.*)"
-    r"|(PET|TORCHELASTIC|SRUN|PMI|PMIX|OMPI)_.*|RELAY_(JOB|ADDRESS|ATTEMPT)|SLURMD_.*"
+    r"|(PET|TORCHELASTIC|SRUN|PMI|PMIX|OMPI)_.*|RELAY_(JOB|POD|ADDRESS|ATTEMPT)|SLURMD_.*"
     r"|SLURM_(?!(CONF|CONF_SERVER|CLUSTERS|JWT|TIME_FORMAT)$).*"
 )
 

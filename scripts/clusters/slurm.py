@@ -230,7 +230,8 @@ def _job_of(directory: Path) -> Optional[tuple[str, str]]:
     pasted), or as the job itself wrote it where sbatch was called by hand."""
     written = read_json(directory / "job.json") or {}
     last = (attempts.history(directory) or [{}])[-1]
-    if last.get("job", "").count(":") == 1 and last["started"] > written.get("submitted", 0):
+    ours = re.fullmatch(r"[^:]+:\d+", last.get("job", ""))  # Kubernetes' are no numbers
+    if ours and last["started"] > written.get("submitted", 0):
         cluster, _, job = last["job"].partition(":")
         return cluster, job
     return (written.get("name", ""), written["job"]) if written.get("cluster") == "slurm" else None

@@ -4,7 +4,7 @@ them, so a new cluster sets what stands here and is done:
 PET_NNODES PET_NPROC_PER_NODE PET_NODE_RANK PET_RDZV_ID    torchrun's own
 RANK LOCAL_RANK WORLD_SIZE                                 torchrun's, of one rank
 SLURM_NODEID SLURM_STEP_ID                                 Slurm's: srun sets no PET_NODE_RANK
-RELAY_JOB RELAY_ADDRESS RELAY_ATTEMPT                      ours, where torchrun has no name
+RELAY_JOB RELAY_POD RELAY_ADDRESS RELAY_ATTEMPT            ours, where torchrun has no name
 """
 
 from __future__ import annotations
@@ -45,8 +45,10 @@ class JobEnvironment:
             return int(variables.get(name) or default)
 
         nodes, processes = number("PET_NNODES", 1), number("PET_NPROC_PER_NODE", 1)
-        # A restarted job has a new rendezvous, a restarted step alone a new step.
-        start = (variables.get(name) for name in ("PET_RDZV_ID", "SLURM_STEP_ID"))
+        # A restarted job has a new rendezvous, a restarted step alone a new step, a replaced pod
+        # its own id.
+        names = ("PET_RDZV_ID", "SLURM_STEP_ID", "RELAY_POD")
+        start = (variables.get(name) for name in names)
         is_rank = "RANK" in variables
         if nodes > 1 and not (variables.get("PET_NODE_RANK") or variables.get("SLURM_NODEID")):
             raise InputError(

@@ -4,6 +4,7 @@ A stage script is one file with two roles. A cluster starts it as a parent, and 
 torchrun starts it again with RANK in the environment, and `rank` runs. It ends with
 
     0 done    64 wrong input, never retried    75 saved and left, run it again    1 a fault
+    70 a fault in a scheduler's job that makes no progress: not tried again (retry.py)
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from scripts.job.follower import follow
 from scripts.job.parent import Parent
 from scripts.job.rank import Rank, run_rank
 from scripts.job.stage import RankFailed, Stopped
-from scripts.run import attempts, files
-from scripts.run.errors import DONE, SAVED, WRONG_INPUT, InputError
+from scripts.run import attempts, files, retry
+from scripts.run.errors import DONE, GIVEN_UP, SAVED, WRONG_INPUT, InputError
 from scripts.run.layout import finished
 
 STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -79,6 +80,8 @@ def run_parent(directory: Path, environment: JobEnvironment, main: Work) -> int:
     # A full disk must not keep the script from its end: without its process it counts as gone.
     with contextlib.suppress(OSError):
         parent.end(code, error)
+        if code == 1 and environment.job and parent.leave_word() == retry.DOWN:
+            code = GIVEN_UP
     with contextlib.suppress(OSError):
         nodes.call(parent.directory, environment, nodes.ENDED, parent.attempt_number)
     with contextlib.suppress(OSError):

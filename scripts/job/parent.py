@@ -73,10 +73,11 @@ class Parent(Stage):
             attempts.end(self.directory, self.attempt, code, error)
         self.leave_word()
 
-    def leave_word(self) -> None:
-        """Leave the word by which the scheduler's script decides on another start (retry.py)."""
+    def leave_word(self) -> str:
+        """Leave the word by which a scheduler decides on another start (retry.py); return it."""
         with self._lock, contextlib.suppress(OSError):  # a full disk: the word before it stands
-            retry.leave_word(self.directory, self.environment.job)
+            return retry.leave_word(self.directory, self.environment.job)
+        return retry.AGAIN
 
     def ready(self) -> None:
         """Note that the service answers: what failed before it no longer counts as a fault."""

@@ -64,6 +64,8 @@ def clean(options: Options) -> int:
     if busy:
         first = f"first make stop RUN={run.name}"
         raise InputError(f"run {run.name} is running or queued ({busy}); {first}")
+    for cluster in options.clusters.values():
+        cluster.remove(target, run)
     shutil.rmtree(target)
     print(f"removed {relative(target)}")
     return DONE

@@ -75,7 +75,8 @@ def read(verb: str, env: Mapping[str, str]) -> Options:
     if stage and stage not in stages.names():
         found.append(f"STAGE={stage}: unknown; known: {', '.join(stages.names())}")
     if given.text("RUNTIME") and cluster != "local":
-        found.append(f"RUNTIME: CLUSTER={cluster} says it in slurm/site.env (RELAY_RUNTIME)")
+        where = "slurm/site.env (RELAY_RUNTIME)" if cluster == "slurm" else "kubernetes/site"
+        found.append(f"RUNTIME: CLUSTER={cluster} says it in {where}")
     nodes, gpus = given.count("NODES"), given.count("GPUS")
     if nodes > 1 and cluster == "local":
         mend = f"use GPUS={nodes} for that many processes on it"

@@ -30,12 +30,13 @@ def prepare(
     submission = Submission(options.run.stage(row.name), *size)
     found: list[str] = []
     facts = {} if row.alone else {"MODEL": options.model, **_data_fact(options, row)}
-    if "corpus" in row.reads:
+    seen = options.here.sees_runs
+    if "corpus" in row.reads and seen:
         found += sources.problems(options)
     model = _model_read(options, row, pending)
     if model:
         facts["FROM"] = as_fact(model, options.run.root)
-        if not any(model.parent == options.run.stage(name) for name in pending):
+        if seen and not any(model.parent == options.run.stage(name) for name in pending):
             found += modeldir.problems(model)
     elif row.from_scratch:
         found += _add_architecture(submission, options.model)
@@ -61,7 +62,7 @@ def prepare(
         found += _service_problems(options, facts)
         found += _gate_problems(options, model, pending)
     if row.ranks:
-        found += _disk_problems(submission, model)
+        found += _disk_problems(submission, model) if seen else []
         facts.update(NODES=str(options.nodes), GPUS=str(options.gpus))
     elif submission.nodes > 1:
         facts["NODES"] = str(submission.nodes)

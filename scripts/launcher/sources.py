@@ -28,7 +28,11 @@ def prepared(options: Options) -> Optional[Path]:
     for path in (Path(options.data), Path(options.data, "sets")) if options.data else ():
         if (path / "data.json").exists():
             return path
-    return None
+    # Where the runs are elsewhere, their names tell; the job looks into them.
+    path, folder = Path(options.data), stages.maker("sets")
+    if options.here.sees_runs or path.exists():
+        return None
+    return {folder.name: path / folder.makes, folder.makes: path}.get(path.name)
 
 
 def recipe(options: Options) -> Path:

@@ -13,6 +13,16 @@ from scripts.run.layout import Run, relative, run_of
 from scripts.run.stages import StageRow, row
 
 
+def as_key(name: str) -> str:
+    """Return a file's name as a key of a flat map that holds a submission: "/" becomes ".."."""
+    return name.replace("/", "..")
+
+
+def from_key(key: str) -> str:
+    """Return the file's name that as_key made a key of."""
+    return key.replace("..", "/")
+
+
 @dataclass
 class Submission:
     """Hold what a stage is submitted with. `nodes` and `gpus` are 1 for a stage without ranks."""

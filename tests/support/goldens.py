@@ -23,6 +23,7 @@ CASES = {
         "pipeline",
         {"RUN": "demo", "CLUSTER": "slurm", "NODES": "2", "GPUS": "8"},
     ),
+    "kubernetes-data.txt": ("data", {"RUN": "demo", "CLUSTER": "k8s"}),
     "slurm-nccl-check.txt": (
         "nccl-check",
         {"RUN": "fabric", "CLUSTER": "slurm", "NODES": "2", "GPUS": "8"},
@@ -40,7 +41,8 @@ def dry_run(verb: str, options: dict[str, str]) -> str:
         result = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
         assert not os.listdir(folder), "a dry run must not write"
     assert result.returncode == 0, f"the dry run of {verb} failed:\n{result.stderr}"
-    return result.stdout.replace(folder, "runs")
+    up = os.path.relpath(ROOT, os.path.join(os.path.realpath(folder), "run/stage"))
+    return result.stdout.replace(folder, "runs").replace(up, "../../..")
 
 
 def build_plan() -> str:

@@ -1,0 +1,128 @@
+"""kubectl in the site's namespace, its errors in words, and the desk, which reads the volume."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, Optional
+
+from scripts.clusters.commands import ask
+from scripts.clusters.kubernetes_pods import Pods
+from scripts.run.errors import InputError
+from scripts.run.layout import ROOT
+
+SITE = "kubernetes/site/kustomization.yaml"
+DESK = "relay-desk"
+CLAIM = "relay-runs"
+WAIT, DESK_GRACE = 600, 180  # seconds: for a command that waits, for the desk's image
+# What does not end by waiting, and the seconds after which that is believed.
+HOPELESS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "CreateContainer")
+HOPELESS_GRACE = 10
+MENDS = {  # what kubectl's first line says: how to mend it
+    r"current-context|no configuration|context .* does not exist": "kubectl config use-context …",
+    r"was refused|connection refused|no such host|timeout|unable to connect|no answer": (
+        "is the cluster up, and is this the right context? kubectl config current-context"
+    ),
+    r"forbidden": "ask whoever owns the namespace for that verb",
+}
+
+
+def in_words(said: str) -> str:
+    """Shorten what kubectl writes to stderr, with the mend where one is known."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    lines = [line for line in lines if not re.match(r"[EWI]\d{4} ", line)]  # its client's own log
+    text = "; ".join(
+        dict.fromkeys(
+            re.sub(r"^(Error from server \(\w+\)|error): ", "", line) for line in lines[-3:]
+        )
+    )
+    for pattern, mend in MENDS.items():
+        if re.search(pattern, text, re.I):
+            return f"{text}; {mend}"
+    return text
+
+
+class Kubectl:
+    """Call kubectl with the user's environment, hence their context."""
+
+    def __init__(self, environment: Mapping[str, str]):
+        self.environment = environment
+
+    @functools.cached_property
+    def namespace(self) -> str:
+        """Return the site's namespace. Raises InputError where its file names none."""
+        try:
+            text = (ROOT / SITE).read_text(encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{SITE}: {error.strerror}; git checkout {SITE}") from None
+        found = re.search(r"^namespace:\s*([a-z0-9-]+)", text, re.M)
+        if not found:
+            raise InputError(f"{SITE}: names no namespace; add the line namespace: torch-relay")
+        return found[1]
+
+    def desk(self, *words: str) -> str:
+        """Run a verb of scripts/volume.py beside the volume; return what it prints. Makes the desk
+        where there is none: seconds, or as long as an image is pulled. Raises InputError."""
+        pod, told, deadline = self.get("pod", DESK), "", time.monotonic() + DESK_GRACE
+        if pod and pod["status"].get("phase") in ("Succeeded", "Failed"):
+            self.must("delete", "pod", DESK, "--wait=true")
+            pod = None
+        if pod is None:
+            self._check_site()
+            made = self.call("create", "-k", "kubernetes/desk")
+            if made.returncode and "already exists" not in made.stderr:  # another client's
+                raise InputError(f"the desk: {in_words(made.stderr)}")
+        while not (pods := Pods([self.get("pod", DESK) or {}])).running:
+            if pods.waiting != told:
+                told = pods.waiting
+                print(f"the desk (pod {DESK}): {told}", file=sys.stderr, flush=True)
+                if told.startswith(HOPELESS):
+                    deadline = time.monotonic() + HOPELESS_GRACE
+            if time.monotonic() > deadline:
+                self.must("delete", "pod", DESK, "--wait=false")
+                raise InputError(f"the desk (pod {DESK}) does not start: {told}")
+            time.sleep(0.3)
+        return self.must("exec", DESK, "--", "python3", "-m", "scripts.volume", *words)
+
+    def _check_site(self) -> None:
+        """Raise InputError where the site lacks what every run shares."""
+        once = "kubectl apply -k kubernetes/site/once, by whoever owns the namespace"
+        done = self.call("get", "namespace", self.namespace)  # a user may not be allowed to ask
+        if "not found" in done.stderr:
+            make = f"kubectl create namespace {self.namespace}; {once}"
+            raise InputError(f"namespace {self.namespace}: not there; {make}")
+        claim = self.get("persistentvolumeclaim", CLAIM)
+        if claim is None:
+            raise InputError(f"namespace {self.namespace} has no volume {CLAIM}; {once}")
+        storage = claim["spec"].get("storageClassName")
+        if claim["status"].get("phase") == "Pending" and storage:
+            done = self.call("get", "storageclass", storage)
+            if "not found" in done.stderr:
+                said = f"asks for the storage class {storage}, which is not there"
+                mend = "kubectl get storageclass; kubernetes/site/once/volume.yaml"
+                raise InputError(f"volume {CLAIM} {said}; {mend}")
+
+    def get(self, kind: str, name: str) -> Optional[dict[str, Any]]:
+        """Return an object, None if there is none. Raises InputError where it cannot be asked."""
+        done = self.call("get", kind, name, "-o", "json", "--ignore-not-found")
+        if done.returncode:
+            raise InputError(in_words(done.stderr))
+        return json.loads(done.stdout) if done.stdout.strip() else None
+
+    def must(self, *words: str) -> str:
+        """Call kubectl; return what it prints. Raises InputError with what is wrong."""
+        done = self.call(*words, timeout=WAIT)
+        if done.returncode:
+            raise InputError(f"kubectl {words[0]}: {in_words(done.stderr)}")
+        return str(done.stdout)
+
+    def call(self, *words: str, timeout: float = 30) -> Any:
+        """Call kubectl; return how it ended."""
+        options = ["--namespace", self.namespace, "--request-timeout=20s"]
+        if words[0] in ("delete", "exec", "create"):
+            options.pop()  # these wait, or stream
+        return ask("kubectl", *options, *words, environment=self.environment, timeout=timeout)

@@ -1,0 +1,358 @@
+"""kubernetes/ as kubectl renders it, without a cluster: what is submitted for each stage, that
+every pod keeps the "restricted" standard, what components change, and mistakes."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+import yaml
+
+from scripts import volume
+from scripts.clusters.kubectl import Kubectl, in_words
+from scripts.clusters.kubernetes import VOLUME, Kubernetes
+from scripts.clusters.kubernetes_pods import Pods
+from scripts.run import attempts, stages
+from scripts.run.errors import InputError
+from scripts.run.layout import Run
+from scripts.run.submission import Submission, as_key, from_key
+from tests.support.goldens import dry_run
+from tests.support.lanes import lacking
+from tests.support.launching import assert_refused, launch
+from tests.support.runs import ROOT, STAGES, read_json
+
+HERE = [name for name in STAGES if name != "deploy"]
+GPU = "nvidia.com/gpu"
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A folder with kubernetes/ alone, to change."""
+    shutil.copytree(ROOT / "kubernetes", tmp_path / "kubernetes")
+    return tmp_path
+
+
+def submission(stage, folder, nodes=1, gpus=1):
+    files = {"stage.env": "MODEL=debug\n", "args.json": "[]\n", "tasks/a.yaml": "task: a\n"}
+    return Submission(folder / "runs/1e3" / stage, nodes, gpus, files)
+
+
+def render(stage, checkout, monkeypatch, **shape):
+    """Return {kind: object} of what kubectl makes of a stage's submission."""
+    if not shutil.which("kubectl"):
+        lacking("kubectl: not on PATH")
+    monkeypatch.setattr("scripts.clusters.kubernetes.ROOT", checkout)
+    made = submission(stage, checkout, **shape)
+    made.write("")
+    text = Kubernetes({})._kustomization(made)
+    (made.directory / "kustomization.yaml").write_text(text)
+    return kustomize(made.directory)
+
+
+def kustomize(folder):
+    words = ["kubectl", "kustomize", str(folder)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {item["kind"]: item for item in yaml.safe_load_all(done.stdout)}
+
+
+def pods(objects):
+    """List the pod specs among objects."""
+    for item in objects.values():
+        if item["kind"] == "Pod":
+            yield item["spec"]
+        elif "template" in item.get("spec", {}):
+            yield item["spec"]["template"]["spec"]
+
+
+@pytest.mark.parametrize("stage", HERE)
+def test_a_stage_is_one_job_with_what_the_run_says(stage, checkout, monkeypatch):
+    row = stages.row(stage)
+    shape = {"nodes": 3, "gpus": 8} if row.ranks else {}
+    made = render(stage, checkout, monkeypatch, **shape)
+    assert sorted(made) == ["ConfigMap", "Job"], "what is for kustomize alone must not be sent"
+    job, node = made["Job"], made["Job"]["spec"]["template"]["spec"]["containers"][0]
+    assert job["metadata"]["name"] == f"1e3-{stage}"
+    assert job["metadata"]["labels"]["torch-relay/run"] == "1e3", "a string, not a number"
+    labels = job["spec"]["template"]["metadata"]["labels"]
+    assert (labels["torch-relay/run"], labels["torch-relay/stage"]) == ("1e3", stage)
+    assert node["command"] + node["args"] == [
+        *("python3", "-m", f"scripts.{stage}"),
+        f"{VOLUME}/1e3/{stage}",
+    ]
+    told = {entry["name"]: entry.get("value") for entry in node["env"]}
+    nodes, gpus = shape.get("nodes", 1), shape.get("gpus", 1)
+    assert (job["spec"]["parallelism"], job["spec"]["completions"]) == (nodes, nodes)
+    assert (told["PET_NNODES"], told["PET_NPROC_PER_NODE"]) == (str(nodes), str(gpus))
+    assert node["resources"]["limits"].get(GPU) == (None if stage == "data" else gpus)
+    volumes = job["spec"]["template"]["spec"]["volumes"]
+    [mounted] = [v["configMap"]["name"] for v in volumes if "configMap" in v]
+    assert mounted == made["ConfigMap"]["metadata"]["name"] != f"1e3-{stage}", "named by its digest"
+    assert made["ConfigMap"]["data"]["tasks..a.yaml"] == "task: a\n"
+
+
+def test_what_ends_a_job_and_what_does_not(checkout, monkeypatch):
+    spec = render("pretrain", checkout, monkeypatch)["Job"]["spec"]
+    rules = spec["podFailurePolicy"]["rules"]
+    said = [(r["action"], r.get("onExitCodes", {}).get("values")) for r in rules]
+    assert said == [("FailJob", [64, 70]), ("Ignore", None), ("Ignore", [75])]
+    condition = {"type": "DisruptionTarget", "status": "True"}
+    assert rules[1]["onPodConditions"] == [condition], "Kubernetes before 1.35 wants its status"
+    assert spec["successPolicy"]["rules"] == [{"succeededIndexes": "0"}]
+    assert spec["podReplacementPolicy"] == "Failed", "a pod that is ending may still write"
+
+
+@pytest.mark.parametrize("component", ["", "cpu", "efa", "infiniband", "kueue"])
+def test_every_pod_is_restricted(component, checkout, monkeypatch):
+    """Pod Security Standards, level restricted, and what this project asks beyond them."""
+    site = checkout / "kubernetes/site/kustomization.yaml"
+    text = site.read_text()
+    if component:
+        assert f"  # - ../components/{component}\n" in text, "an admin takes it by one line"
+        text = text.replace("  []\n", "").replace(
+            f"# - ../components/{component}\n", f"- ../components/{component}\n"
+        )
+        site.write_text(text)
+    objects = [render(stage, checkout, monkeypatch) for stage in HERE]
+    objects.append(kustomize(checkout / "kubernetes/desk"))
+    for spec in (spec for made in objects for spec in pods(made)):
+        assert spec["automountServiceAccountToken"] is False
+        assert spec["enableServiceLinks"] is False
+        own = spec["securityContext"]
+        assert own["runAsNonRoot"]
+        assert own["runAsUser"] > 0
+        assert own["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec)
+        for volume_ in spec["volumes"]:
+            assert set(volume_) - {"name"} <= {"configMap", "persistentVolumeClaim", "emptyDir"}
+        for container in [*spec.get("initContainers", []), *spec["containers"]]:
+            held = container["securityContext"]
+            assert held["allowPrivilegeEscalation"] is False
+            assert held["readOnlyRootFilesystem"]
+            assert held["capabilities"] == {"drop": ["ALL"]}, (
+                "IPC_LOCK is refused, and does nothing"
+            )
+            assert container["image"] == "registry.example/torch-relay:1"
+            if component == "cpu":
+                assert GPU not in container["resources"]["limits"]
+
+
+def test_components_reach_the_stages_with_ranks_alone(checkout, monkeypatch):
+    site = checkout / "kubernetes/site/kustomization.yaml"
+    added = "  - ../components/efa\n  - ../components/kueue\n"
+    site.write_text(site.read_text().replace("  []\n", added))
+    train, data = (render(s, checkout, monkeypatch)["Job"] for s in ("pretrain", "data"))
+    node = train["spec"]["template"]["spec"]["containers"][0]
+    assert node["resources"]["limits"]["vpc.amazonaws.com/efa"] == 32
+    assert {"name": "NCCL_NET", "value": "AWS Libfabric"} in node["env"]
+    assert train["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpu"
+    assert train["spec"]["suspend"] is True
+    assert "suspend" not in data["spec"]
+
+
+def test_what_the_namespace_shares(checkout):
+    if not shutil.which("kubectl"):
+        lacking("kubectl: not on PATH")
+    words = ["kubectl", "kustomize", str(checkout / "kubernetes/site/once")]
+    shown = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    kinds = sorted((i["kind"], i["metadata"]["name"]) for i in yaml.safe_load_all(shown))
+    assert kinds == [
+        ("NetworkPolicy", "relay-default"),
+        ("NetworkPolicy", "relay-ranks"),
+        ("PersistentVolumeClaim", "relay-runs"),
+        ("Service", "relay"),
+    ]
+
+
+def test_local_and_kubernetes_run_the_same(tmp_path):
+    """The same files, facts among them, and the same script."""
+    said = {c: dry_run("data", {"RUN": "x", "CLUSTER": c}) for c in ("local", "k8s")}
+    files = said["local"][: said["local"].rindex("EOF\n")]
+    assert said["k8s"].startswith(files)
+    assert "-m scripts.data runs/x/data" in said["local"]
+    assert said["k8s"].rstrip().endswith("kubectl create -k runs/x/data")
+
+
+# --- what runs beside the volume
+
+
+def mounted(folder, **files):
+    """Write a submission as a ConfigMap is mounted."""
+    flat = folder / "submission"
+    flat.mkdir(exist_ok=True)
+    (flat / "..data").mkdir(exist_ok=True)
+    for name, text in {"args.json": "[]\n", "tasks..a.yaml": "a", **files}.items():
+        (flat / name).write_text(text)
+    return flat
+
+
+def test_a_submission_is_received_once(tmp_path, capsys):
+    stage = tmp_path / "runs/x/pretrain"
+    first = mounted(tmp_path, **{"stage.env": "MODEL=debug\n"})
+    assert volume.main(["receive", str(first), str(stage), "k8s:1"]) == 0
+    assert (stage / "tasks/a.yaml").read_text() == "a"
+    assert volume.main(["receive", str(first), str(stage), "k8s:1"]) == 0, (
+        "a replaced pod receives it again"
+    )
+    (stage / "checkpoints").mkdir()
+    other = mounted(tmp_path, **{"stage.env": "MODEL=other\n"})
+    assert volume.main(["receive", str(other), str(stage), "k8s:1"]) == 64
+    assert "MODEL was debug, now other" in capsys.readouterr().err
+    assert "debug" in (stage / "stage.env").read_text()
+
+
+def test_a_new_job_takes_over_from_one_that_is_gone(tmp_path):
+    """Its name was free, so its pods are gone; another scheduler's attempt is left alone."""
+    stage = tmp_path / "runs/x/pretrain"
+    flat = mounted(tmp_path, **{"stage.env": "MODEL=debug\n"})
+    for job, ended in (("k8s:old", True), ("lab:7", False)):
+        shutil.rmtree(stage, ignore_errors=True)
+        attempts.begin(stage, job, "pod")
+        record = {**read_json(stage / "attempts/1.json"), "host": "another"}
+        (stage / "attempts/1.json").write_text(json.dumps(record))
+        volume.main(["receive", str(flat), str(stage), "k8s:new"])
+        assert ("ended" in read_json(stage / "attempts/1.json")) is ended
+
+
+def test_small_files_are_read_and_large_ones_are_not(tmp_path, capsys):
+    stage = tmp_path / "x/pretrain"
+    for name, text in {
+        "stage.json": "{}",
+        "logs/attempt-1.log": "a" * (volume.SMALL + 10) + "end",
+        "model/config.json": "{}",
+        "api-key": "secret",
+        "derived.jsonl": "a" * (volume.SMALL + 1),
+        "sets/data.json": '{"rows": {}}',
+    }.items():
+        (stage / name).parent.mkdir(parents=True, exist_ok=True)
+        (stage / name).write_text(text)
+    assert volume.main(["read", str(tmp_path / "x")]) == 0
+    told = json.loads(capsys.readouterr().out)["pretrain"]
+    assert sorted(told) == ["logs/attempt-1.log", "model/", "sets/", "sets/data.json", "stage.json"]
+    assert told["logs/attempt-1.log"].endswith("end")
+    assert len(told["logs/attempt-1.log"]) == volume.SMALL
+
+
+def test_what_runs_is_not_removed(tmp_path, capsys):
+    stage = tmp_path / "x/data"
+    attempts.begin(stage)
+    assert volume.main(["remove", str(tmp_path / "x")]) == 64
+    assert "runs; first make stop RUN=x" in capsys.readouterr().err
+    attempts.end(stage, read_json(stage / "attempts/1.json"), 0, "")
+    assert volume.main(["remove", str(tmp_path / "x")]) == 0
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_key_of_a_map_is_a_name_again():
+    for name in ("stage.env", "tasks/relay_text.yaml"):
+        assert from_key(as_key(name)) == name
+        assert "/" not in as_key(name)
+
+
+# --- mistakes, before anything is asked of a cluster
+
+
+@pytest.mark.parametrize(
+    ("verb", "options", "words"),
+    [
+        ("deploy", {"FORCE": "1", "FROM": f"{VOLUME}/m"}, ["not yet", "local and slurm have it"]),
+        ("data", {"DATA": "/data/chats.jsonl"}, [f"pods see {VOLUME} alone"]),
+        ("pretrain", {}, ["one stage a command", "first make data CLUSTER=k8s RUN=x"]),
+        ("finetune", {"NODES": "2", "FROM": f"{VOLUME}/m"}, ["NODES=2", "one node for now"]),
+        ("data", {"RUNTIME": "docker"}, ["RUNTIME", "kubernetes/site"]),
+        ("data", {"NODES": "four"}, ["NODES=four", "whole number"]),
+    ],
+)
+def test_mistakes_are_named_in_a_dry_run(runs, verb, options, words):
+    given = {"RUN": "x", "CLUSTER": "k8s", "DRY_RUN": "1", **options}
+    assert_refused(launch(verb, **given), *words)
+    assert not runs.exists()
+
+
+def test_a_submission_that_is_too_large(tmp_path):
+    made = submission("evaluate", tmp_path)
+    made.files["tasks/b.yaml"] = "b" * (1 << 20)
+    [said] = Kubernetes({}).problems(made, dry_run=True)
+    assert "1,048,576 may be" in said
+
+
+def test_no_kubectl(runs, tmp_path):
+    given = {"RUN": "x", "CLUSTER": "k8s", "PATH": str(tmp_path)}
+    assert_refused(launch("data", **given), "kubectl: not on PATH")
+
+
+def test_no_cluster_answers(runs, tmp_path):
+    if not shutil.which("kubectl"):
+        lacking("kubectl: not on PATH")
+    (tmp_path / "config").write_text("")
+    given = {"RUN": "x", "CLUSTER": "k8s", "KUBECONFIG": str(tmp_path / "config")}
+    assert_refused(launch("data", **given), "refused", "is the cluster up")
+
+
+# --- in words
+
+
+def test_kubectl_in_words():
+    log = 'E1126 19:16:46.6 9899 memcache.go:265] "Unhandled Error" err="x"\n'
+    forbidden = 'Error from server (Forbidden): jobs is forbidden: User "me" cannot create "jobs"'
+    assert in_words(log + forbidden).startswith('jobs is forbidden: User "me" cannot create')
+
+
+def pod(phase="Pending", **status):
+    meta = {"creationTimestamp": "2026-11-26T10:00:00Z"}
+    return {"metadata": meta, "spec": {"nodeName": "node1"}, "status": {"phase": phase, **status}}
+
+
+def test_what_a_pod_waits_for():
+    said = "0/2 nodes are available: 2 Insufficient nvidia.com/gpu."
+    condition = {"type": "PodScheduled", "status": "False", "message": said}
+    assert Pods([pod(conditions=[condition])]).waiting == said
+    state = {"waiting": {"reason": "ImagePullBackOff", "message": "not there"}}
+    assert (
+        Pods([pod(containerStatuses=[{"state": state}])]).waiting == "ImagePullBackOff: not there"
+    )
+    ended = {"terminated": {"exitCode": 64, "message": "a\nerror: the volume\n"}}
+    assert Pods([pod(initContainerStatuses=[{"state": ended}])]).last_words == "error: the volume"
+    assert Pods([pod("Running")]).nodes == ["node1"]
+
+
+@pytest.fixture
+def seen(tmp_path, monkeypatch):
+    """A cluster whose desk reads `told`, and a run here."""
+    cluster = Kubernetes({"CLUSTER": "k8s", "PATH": os.environ["PATH"]})
+    monkeypatch.setattr(cluster, "_concerns", lambda run: True)
+    monkeypatch.setattr(Kubectl, "desk", lambda self, *words: json.dumps(cluster.told))
+    return cluster, Run(tmp_path / "runs", "x")
+
+
+def test_the_copy_here_follows_the_volume(seen):
+    cluster, run = seen
+    cluster.told = {}
+    cluster.fetch(run)
+    assert not run.directory.exists(), "of a run that is nowhere nothing is made"
+    cluster.told = {"data": {"stage.json": "{}", "sets/": "", "attempts/1.json": "{}"}}
+    cluster.fetch(run)
+    assert (run.stage("data") / "stage.json").read_text() == "{}"
+    (run.stage("data") / "job.json").write_text("{}")
+    cluster.told = {"data": {"stage.env": ""}}
+    cluster.fetch(run)
+    left = sorted(path.name for path in run.stage("data").iterdir())
+    assert left == ["job.json", "stage.env"], "what was removed there is removed here"
+
+
+def test_what_was_trained_here_is_not_replaced_by_a_copy(seen):
+    cluster, run = seen
+    attempts.begin(run.stage("data"))
+    cluster.told = {}
+    with pytest.raises(InputError, match="ran on another cluster"):
+        cluster.fetch(run)
+    assert attempts.history(run.stage("data"))
+
+
+def test_the_volume_names_no_file_outside_the_run(seen):
+    cluster, run = seen
+    cluster.told = {"data": {"../../../evil": "x"}}
+    with pytest.raises(InputError, match="the volume names"):
+        cluster.fetch(run)
+    assert not (run.root.parent / "evil").exists()
