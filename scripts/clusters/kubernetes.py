@@ -191,10 +191,10 @@ class Kubernetes(Cluster):
                     why = f"job {job} has ended"
                     found[stage] = found[stage]._replace(lost=attempt, why=why)
             elif (read_json(run.stage(stage) / "job.json") or {}).get("cluster") == self.name:
-                found[stage] = Job(self.name, job, "", "")
-                if attempt:
-                    why = f"job {job} is gone: deleted"
-                    found[stage] = found[stage]._replace(lost=attempt, why=why)
+                why, began = f"job {job} is gone: deleted", attempts.history(run.stage(stage))
+                found[stage] = Job(self.name, job, "" if began else "cancelled", why)
+                if began:
+                    found[stage] = found[stage]._replace(note="", lost=attempt, why=why)
         return found
 
     def _job(self, directory: Path, job: str, made: dict[str, Any], pods: Pods) -> Job:
