@@ -21,6 +21,7 @@ import sys
 import time
 from pathlib import Path
 
+from tests.support import waiting
 from tests.support.processes import all_pids, environment
 
 CONF = """\
@@ -248,21 +249,16 @@ class Lab:
 
 
 def until(condition, seconds=120):
-    """Wait for something to be true; returns it."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        if time.monotonic() > deadline:
-            queue = subprocess.run(["squeue"], capture_output=True, text=True).stdout
-            raise AssertionError(f"{seconds} s, and it did not come to that:\n{queue}\n{_errors()}")
-        time.sleep(0.2)
-    return found
+    """Wait for something to be true; returns it. Fails with the queue and the daemons' errors."""
+    return waiting.until(condition, seconds, _queue_and_errors)
 
 
-def _errors():
-    """Return the last errors that this cluster's daemons logged."""
+def _queue_and_errors() -> str:
+    """Return the queue, and the last errors that this cluster's daemons logged."""
+    queue = subprocess.run(["squeue"], capture_output=True, text=True).stdout
     logs = sorted(Path(os.environ.get("SLURM_CONF", "")).parent.glob("slurm*.log"))
     lines = [f"{log.name}: {line}" for log in logs for line in log.read_text().splitlines()[-200:]]
-    return "\n".join(line for line in lines if "error" in line)[-3000:]
+    return queue + "\n" + "\n".join(line for line in lines if "error" in line)[-3000:]
 
 
 def _free_ports(count: int) -> list[int]:
