@@ -22,8 +22,8 @@ LAUNCHER := scripts/run scripts/clusters scripts/launcher
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo pipeline data pretrain finetune align evaluate deploy undeploy chat \
-  nccl-check status logs lineage stop cancel clean filters test test-all test-slurm lint lock \
-  golden image squashfs sif image-push image-check sbom reinstall
+  nccl-check status logs lineage stop cancel clean filters test test-all test-slurm \
+  test-kubernetes lint lock golden image squashfs sif image-push image-check sbom reinstall
 
 # STEPS=50 would train with the default. Names with a _ may be a program's, as SBATCH_TIMELIMIT.
 UNKNOWN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
@@ -113,10 +113,14 @@ test-all: .venv/installed ## Every test, the whole line included, two at a time
 	@$(TEST) -n 2 --durations=12 tests
 test-slurm: .venv/installed ## The Slurm tests, on their own Slurm; RELAY_SLURM=site: on this one
 	@$(TEST) --durations=12 tests/test_slurm_text.py tests/test_slurm.py
+test-kubernetes: .venv/installed ## The Kubernetes tests (RELAY_KUBERNETES=site likewise)
+	@built=$$([ "$$RELAY_KUBERNETES" = site ] || bash tests/support/kube/build.sh) && \
+	  PATH="$$PATH:$$built/bin" $(TEST) --durations=12 tests/test_kubernetes*.py
 lint: .venv/installed ## ruff, mypy, shellcheck, vermin, sbatch headers
 	@.venv/bin/python -m ruff check . && .venv/bin/python -m ruff format --check .
 	@.venv/bin/python -m mypy
-	@.venv/bin/shellcheck -x requirements/*.sh .ci/run image/*.sh slurm/*.sh slurm/*.sbatch
+	@.venv/bin/shellcheck -x requirements/*.sh .ci/run image/*.sh slurm/*.sh slurm/*.sbatch \
+	  tests/support/kube/*.sh
 	@bash slurm/lint.sh
 	@.venv/bin/vermin -q --no-tips --violations -t=3.9- scripts/launch.py $(LAUNCHER)
 lock: ## Resolve requirements/*.in anew into *.lock

@@ -8,8 +8,13 @@ import os
 
 import pytest
 
-# One demo, one cluster, one image: on one worker each.
-LANES = ("tests/test_line.py", "tests/test_slurm.py", "tests/test_image.py")
+# One demo, one cluster of each kind, one image: on one worker each.
+LANES = (
+    "tests/test_line.py",
+    "tests/test_slurm.py",
+    "tests/test_kubernetes.py",
+    "tests/test_image.py",
+)
 
 
 @pytest.hookimpl(optionalhook=True)
