@@ -322,7 +322,7 @@ def seen(tmp_path, monkeypatch):
     """A cluster whose desk reads `told`, and a run here."""
     cluster = Kubernetes({"CLUSTER": "k8s", "PATH": os.environ["PATH"]})
     monkeypatch.setattr(cluster, "_concerns", lambda run: True)
-    monkeypatch.setattr(Kubectl, "desk", lambda self, *words: json.dumps(cluster.told))
+    monkeypatch.setattr(Kubectl, "volume", lambda self, *words: json.dumps(cluster.told))
     return cluster, Run(tmp_path / "runs", "x")
 
 

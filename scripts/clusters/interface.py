@@ -93,6 +93,11 @@ class Cluster(ABC):
         """Bring the run's small files to where the launcher reads them. Nothing to do where the
         launcher sees the run directory itself."""
 
+    def beside(self, run: Run, verb: str) -> Optional[tuple[int, str]]:
+        """Run a verb of the launcher that reads whole models where they are; return its exit code
+        and what it printed, None where the run directory is seen from here."""
+        return None
+
     def remove(self, path: Path, run: Run) -> None:  # noqa: B027  most clusters have nothing to do
         """Remove what lies elsewhere of a run, or of one stage: `path` is its folder here. Raises
         InputError if it cannot. Nothing to do where the launcher sees the run directory itself."""

@@ -64,29 +64,42 @@ class Kubectl:
             raise InputError(f"{SITE}: names no namespace; add the line namespace: torch-relay")
         return found[1]
 
-    def desk(self, *words: str) -> str:
-        """Run a verb of scripts/volume.py beside the volume; return what it prints. Makes the desk
-        where there is none: seconds, or as long as an image is pulled. Raises InputError."""
-        pod, told, deadline = self.get("pod", DESK), "", time.monotonic() + DESK_GRACE
-        if pod and pod["status"].get("phase") in ("Succeeded", "Failed"):
-            self.must("delete", "pod", DESK, "--wait=true")
-            pod = None
-        if pod is None:
-            self._check_site()
-            made = self.call("create", "-k", "kubernetes/desk")
-            if made.returncode and "already exists" not in made.stderr:  # another client's
-                raise InputError(f"the desk: {in_words(made.stderr)}")
-        while not (pods := Pods([self.get("pod", DESK) or {}])).running:
-            if pods.waiting != told:
+    def volume(self, *words: str) -> str:
+        """Run a verb of scripts/volume.py in the desk; return what it prints. Raises InputError."""
+        done = self.desk("python3", "-m", "scripts.volume", *words)
+        if done.returncode:
+            raise InputError(f"the desk: {in_words(done.stderr)}")
+        return str(done.stdout)
+
+    def desk(self, *command: str) -> Any:
+        """Run a command beside the volume; return how it ended. Makes the desk where there is none:
+        seconds, or as long as an image is pulled. Raises InputError if it does not start."""
+        told, deadline = "", time.monotonic() + DESK_GRACE
+        while not (pods := Pods([self._desk_or_none() or {}])).running:
+            if not pods.pods:
+                self._check_site()
+                made = self.call("create", "-k", "kubernetes/desk")
+                if made.returncode and "already exists" not in made.stderr:  # another client's
+                    raise InputError(f"the desk: {in_words(made.stderr)}")
+            elif pods.waiting != told:
                 told = pods.waiting
                 print(f"the desk (pod {DESK}): {told}", file=sys.stderr, flush=True)
                 if told.startswith(HOPELESS):
                     deadline = time.monotonic() + HOPELESS_GRACE
             if time.monotonic() > deadline:
-                self.must("delete", "pod", DESK, "--wait=false")
+                self.must("delete", "pod", DESK, "--wait=false", "--ignore-not-found")
                 raise InputError(f"the desk (pod {DESK}) does not start: {told}")
             time.sleep(0.3)
-        return self.must("exec", DESK, "--", "python3", "-m", "scripts.volume", *words)
+        return self.call("exec", DESK, "--", *command, timeout=WAIT)
+
+    def _desk_or_none(self) -> Optional[dict[str, Any]]:
+        """Return the desk's pod. One that has ended, or is leaving, is none once it has gone."""
+        pod = self.get("pod", DESK)
+        ended = pod and pod["status"].get("phase") in ("Succeeded", "Failed")
+        if pod and (ended or "deletionTimestamp" in pod["metadata"]):
+            self.must("delete", "pod", DESK, "--wait=true", "--ignore-not-found")
+            return None
+        return pod
 
     def _check_site(self) -> None:
         """Raise InputError where the site lacks what every run shares."""

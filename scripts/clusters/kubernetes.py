@@ -11,6 +11,7 @@ import shlex
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
@@ -38,7 +39,9 @@ class Kubernetes(Cluster):
     listens = "0.0.0.0"  # noqa: S104  in its pod; a NetworkPolicy and a key stand before it
     sees_runs = False
 
-    # --- before submission ---
+    def __init__(self, environment: Mapping[str, str]):
+        super().__init__(environment)
+        self._asked: list[str] = []  # stages, of this command
 
     @functools.cached_property
     def kubectl(self) -> Kubectl:
@@ -85,10 +88,6 @@ class Kubernetes(Cluster):
         lines = [line for line in done.stderr.splitlines() if "already exists" not in line]
         said = in_words("\n".join(lines)) if done.returncode else ""
         return [f"the API server refuses {submission.row.name}: {said}"] if said else []
-
-    @functools.cached_property
-    def _asked(self) -> list[str]:
-        return []
 
     # --- submission ---
 
@@ -199,9 +198,9 @@ class Kubernetes(Cluster):
 
     def _job(self, directory: Path, job: str, made: dict[str, Any], pods: Pods) -> Job:
         ended = _ended(made)
+        if finished(directory) or (ended and attempts.history(directory)):
+            return Job(self.name, job, "", "")
         if ended:
-            if finished(directory) or attempts.history(directory):
-                return Job(self.name, job, "", "")
             return Job(self.name, job, "failed", f"job {job}: {pods.last_words or ended}")
         if made["spec"].get("suspend"):
             return Job(self.name, job, "queued", f"job {job} is suspended: a queue admits it")
@@ -235,7 +234,7 @@ class Kubernetes(Cluster):
         """Copy the run's small files from the volume, by the desk."""
         if not self._concerns(run):
             return
-        told = json.loads(self.kubectl.desk("read", f"{VOLUME}/{run.name}"))
+        told = json.loads(self.kubectl.volume("read", f"{VOLUME}/{run.name}"))
         if not told and not run.directory.exists():
             return
         self._mark_as_copy(run)
@@ -254,30 +253,36 @@ class Kubernetes(Cluster):
                 if not name.endswith("/"):
                     path.write_text(text, encoding="utf-8")
 
+    def beside(self, run: Run, verb: str) -> Optional[tuple[int, str]]:
+        """Run the image's own launcher in the desk."""
+        if not self._concerns(run):
+            return None
+        variables = ("env", f"RUNS={VOLUME}", f"RUN={run.name}", "CLUSTER=local")
+        done = self.kubectl.desk(*variables, "python3", "-m", "scripts.launch", verb)
+        return done.returncode, done.stdout
+
     def remove(self, path: Path, run: Run) -> None:
         """Remove a run or a stage on the volume, and its Jobs, which have ended."""
         if not self._concerns(run):
             return
-        self.kubectl.desk("remove", f"{VOLUME}/{path.resolve().relative_to(run.root.resolve())}")
-        label = f"torch-relay/run={run.name}"
-        if path != run.directory:
-            label += f",torch-relay/stage={path.name}"
+        self.kubectl.volume("remove", f"{VOLUME}/{path.resolve().relative_to(run.root.resolve())}")
+        one = "" if path == run.directory else f",torch-relay/stage={path.name}"
+        label = f"torch-relay/run={run.name}{one}"
         self.kubectl.must("delete", "jobs", "-l", label, "--wait=true")
 
     def stop(self, directory: Path, save: bool) -> None:
         """Delete the stage's Job: its pods get SIGTERM and save within their grace."""
         job = f"{directory.parent.name}-{directory.name}"
+        named = f"batch.kubernetes.io/job-name={job}"
         if self.kubectl.get("job", job) is None:
             return
         self.kubectl.must("delete", "job", job, "--cascade=foreground", "--wait=false")
         if not save:
-            named = f"batch.kubernetes.io/job-name={job}"
             self.kubectl.must("delete", "pods", "-l", named, "--grace-period=1", "--wait=false")
         deadline = time.monotonic() + (SAVE_GRACE if save else CANCEL_GRACE)
         while self.kubectl.get("job", job) is not None:
             if time.monotonic() > deadline:
-                named = f"-l batch.kubernetes.io/job-name={job}"
-                see = f"kubectl -n {self.kubectl.namespace} get pods {named}"
+                see = f"kubectl -n {self.kubectl.namespace} get pods -l {named}"
                 raise InputError(f"job {job} is deleted, but its pods have not gone; {see}")
             time.sleep(0.5)
 

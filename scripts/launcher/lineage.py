@@ -20,6 +20,11 @@ def lineage(options: Options) -> int:
     """Print the walk. Returns 1 if a file is not what a stage has read or made, else 0."""
     run = options.run
     check_exists(run)
+    for cluster in options.clusters.values():
+        told = cluster.beside(run, options.verb)
+        if told is not None:
+            print(told[1], end="")
+            return told[0]
     last_first = [run.stage(name) for name in reversed(stages.names())]
     begin = next((d for d in last_first if _inputs(d)), None)
     if begin is None:
