@@ -71,8 +71,9 @@ ENV HOME=/home/relay USER=relay PATH=/opt/torch-relay/.venv/bin:$PATH
 COPY Makefile ./
 COPY configs configs
 COPY requirements requirements
-COPY scripts scripts
 COPY slurm slurm
+COPY kubernetes kubernetes
+COPY scripts scripts
 ARG SOURCE=
 ARG REVISION=
 ARG LOCK_SHA256=

@@ -60,7 +60,7 @@ def test_nothing_is_built_twice(image, tmp_path):
     assert layers(image) == before
     for name in ("Dockerfile", ".dockerignore", "Makefile", "versions.env"):
         shutil.copy2(ROOT / name, tmp_path / name)
-    for name in ("image", "configs", "requirements", "scripts", "slurm"):
+    for name in ("image", "configs", "requirements", "scripts", "slurm", "kubernetes"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
     with open(tmp_path / "scripts/components.py", "a") as script:
