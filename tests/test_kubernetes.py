@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import pytest
 
-from tests.support.kube_lab import KUBE, KubeLab, missing, python_folders
+from tests.support.kube_lab import CODE, KUBE, KubeLab, missing, repository
 from tests.support.lanes import lacking
 from tests.support.launching import assert_refused, launch
 from tests.support.runs import ROOT
@@ -103,8 +103,7 @@ def cluster():
             "util-linux procps openssl; Go 1.21 or newer is on https://go.dev/dl"
         )
     folder = Path(tempfile.mkdtemp(prefix="kube-"))  # pytest's are too long for a socket's path
-    mounts = [*python_folders(), ROOT]
-    lab = KubeLab(folder, len(NAMES), GPUS, mounts, tags=[IMAGE])
+    lab = KubeLab(folder, len(NAMES), GPUS, repository(), tags=[IMAGE])
     try:
         lab.up()
         with pytest.MonkeyPatch.context() as patch:
@@ -177,8 +176,8 @@ def test_restricted_is_enforced(own, namespace):
 def test_torchrun_over_two_nodes(own, namespace):
     """Two pods of an Indexed Job find each other, run .venv's torch as uid 1000, and see each
     other's file on the shared volume."""
-    python = python_folders()[0] / "bin/python"
-    text = (KUBE / "gang.yaml").read_text().replace("PYTHON", str(python))
+    python = f"{CODE}/.venv/bin/python"
+    text = (KUBE / "gang.yaml").read_text().replace("PYTHON", python)
     own.kubectl("-n", namespace, "apply", "-f", "-", input=text)
     how = until(lambda: ended(own, namespace, "gang"), 120, lambda: pods(own, namespace))
     assert how == "Complete", f"the Job ended as {how}:\n{pods(own, namespace)}"
@@ -210,8 +209,8 @@ class Client:
             (once / name).write_text((once / name).read_text().replace(old, new))
 
     def site(self, space=SPACE, tag="1", components="../components/cpu"):
-        path = f"{{name: PATH, value: '{ROOT}/.venv/bin:/usr/bin:/bin'}}"
-        said = {"space": space, "tag": tag, "components": components, "root": ROOT, "path": path}
+        path = f"{{name: PATH, value: '{CODE}/.venv/bin:/usr/bin:/bin'}}"
+        said = {"space": space, "tag": tag, "components": components, "root": CODE, "path": path}
         (self.folder / "kubernetes/site/kustomization.yaml").write_text(SITE.format(**said))
 
     def launch(self, verb, **options):

@@ -27,8 +27,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from tests.support.processes import words
 from tests.support.runs import ROOT
@@ -37,6 +38,7 @@ from tests.support.waiting import until
 KUBE = ROOT / "tests/support/kube"
 TO_RUN = ("python3", "unshare", "nsenter", "ip", "sysctl", "openssl")
 TO_BUILD = ("go", "apt-get", "dpkg")
+CODE = "/opt/torch-relay"  # as in the image
 API = "10.99.0.1:6443"  # in the cluster's own network
 
 
@@ -55,15 +57,17 @@ def _programs() -> Path:
     return Path(done.stdout.strip())
 
 
-def python_folders() -> list[Path]:
-    """Return the folders that a pod must see to run .venv's Python."""
-    return [(ROOT / ".venv").resolve(), Path(sys.base_prefix).resolve()]
+def repository() -> dict[str, Path]:
+    """Return what pods must see to run this repository as CODE, where the image has it: {path in
+    the pod: folder here}. Not at its own path: /tmp is the pod's own, and a clone may lie there."""
+    folders = [(ROOT / ".venv").resolve(), Path(sys.base_prefix).resolve()]
+    return {CODE: ROOT, **{str(f): f for f in folders if ROOT not in f.parents}}
 
 
 class KubeLab:
     """Be `nodes` nodes node1, node2, … with `gpus` pretended nvidia.com/gpu each.
 
-    `mounts`: folders that containers of RuntimeClass "host" see too, read-only, at the same path.
+    `mounts`: {path: folder here} that containers of RuntimeClass "host" see too, read-only.
     `images`: archives (docker save, kube/image.py) that every node holds. `tags`: further names of
     the image localhost/host:1. `addons`: of jobset, kueue, trainer (real controllers, in pods) and
     netpol (NetworkPolicies are enforced). `runtime`: the RuntimeClass of pods that name none, host
@@ -75,7 +79,7 @@ class KubeLab:
         folder: Path,
         nodes: int = 2,
         gpus: int = 8,
-        mounts: Sequence[Path] = (),
+        mounts: Mapping[str, Path] = MappingProxyType({}),
         images: Sequence[Path] = (),
         tags: Sequence[str] = (),
         addons: Sequence[str] = (),
@@ -85,7 +89,7 @@ class KubeLab:
         self.state = self.folder / "run"
         self.names = [f"node{n + 1}" for n in range(nodes)]
         self.gpus, self.runtime = gpus, runtime
-        self.mounts = [mount.resolve() for mount in mounts]
+        self.mounts = [f"{folder.resolve()}:{path}" for path, folder in mounts.items()]
         self.images, self.tags = [image.resolve() for image in images], list(tags)
         # Kueue comes last: its webhook is asked about each Deployment from then on, and must be up.
         self.addons = sorted(addons, key="kueue".__eq__)
@@ -275,7 +279,7 @@ def _remove_cgroup(folder: Path) -> None:
 if __name__ == "__main__":
     if len(sys.argv) < 3 or sys.argv[2] not in ("up", "down"):
         sys.exit(__doc__)
-    lab = KubeLab(Path(sys.argv[1]), mounts=python_folders(), addons=sys.argv[3:])
+    lab = KubeLab(Path(sys.argv[1]), mounts=repository(), addons=sys.argv[3:])
     if sys.argv[2] == "down":
         lab.down()
     else:

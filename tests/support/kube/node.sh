@@ -111,9 +111,10 @@ K
 import json, os, sys
 spec = json.load(sys.stdin)
 for d in ["/usr", "/etc/alternatives", "/etc/ssl", "/etc/ld.so.cache"] + sys.argv[1:]:
-    if os.path.exists(d):
-        mount = {"destination": d, "type": "bind", "source": d, "options": ["rbind", "ro"]}
-        spec["mounts"].append(mount)
+    source, _, there = d.partition(":")
+    if os.path.exists(source):
+        mount = {"destination": there or source, "source": source}
+        spec["mounts"].append({**mount, "type": "bind", "options": ["rbind", "ro"]})
 spec["process"]["rlimits"] = []
 json.dump(spec, sys.stdout)' ${MOUNTS[@]+"${MOUNTS[@]}"} > "$N/host-spec.json"
   for class in plain host; do
