@@ -335,3 +335,23 @@ def test_a_key_that_others_can_read_is_refused(runs, tmp_path):
     refusal = launch("deploy", API_KEY_FILE=str(key), BIND="0.0.0.0")
     said = assert_refused(refusal, "readable by others", "chmod 600")
     assert "secret" not in said, "a key must not be shown"
+
+
+@pytest.mark.parametrize(
+    ("processes", "visible", "there", "words"),
+    [
+        (2, None, ["nvidia0", "nvidiactl", "nvidia-uvm"], "GPUS=2: this machine has 1"),
+        (2, None, ["nvidia0", "nvidia1"], ""),
+        (4, "0,1", ["nvidia0", "nvidia1", "nvidia2", "nvidia3"], "GPUS=4: this machine has 2"),
+        (2, "MIG-a,MIG-b", ["nvidia0"], ""),
+        (2, "", ["nvidia0"], ""),
+        (8, None, [], ""),
+    ],
+)
+def test_more_processes_than_gpus(tmp_path, processes, visible, there, words):
+    """On a machine without any, and where none may be seen, they run on the CPU."""
+    for name in there:
+        (tmp_path / name).touch()
+    environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    said = preflight.gpu_problems(processes, environment, tmp_path)
+    assert said == [] if not words else said[0].startswith(words)

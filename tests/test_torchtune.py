@@ -12,7 +12,7 @@ import pytest
 from scripts.job.environment import JobEnvironment
 from scripts.run.errors import InputError
 from scripts.tools import patches
-from scripts.tools.torchtune import find_recipe, wrong_keys
+from scripts.tools.torchtune import device, find_recipe, wrong_keys
 from scripts.tools.torchtune_config_keys import DISTRIBUTED, KEYS, SINGLE_DEVICE, STARTS_GROUP
 from tests.support.models import make_model
 from tests.support.runs import ROOT
@@ -205,6 +205,20 @@ def test_a_wrong_key_is_refused_by_name(tmp_path, key, value, words):
 def test_a_recipe_that_torchtune_lacks_is_refused_by_name(name, world):
     with pytest.raises(InputError, match=f"recipe: {name}: .*full_finetune"):
         find_recipe(name, world)
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "wanted"),
+    [
+        ("model: x\ndevice: cpu\n", [], "cpu"),
+        ("device: 'cuda'  # one\n", ["device=cpu"], "cpu"),
+        ("device: cpu\n", ["device=cpu", "device=cuda"], "cuda"),
+        ("optimizer:\n  device: cpu\n", [], ""),
+    ],
+)
+def test_a_config_for_the_cpu_is_known_before_torchtune_is_imported(config, arguments, wanted):
+    """On a machine with a GPU torchtune chooses kernels that the CPU has not, when imported."""
+    assert device(config, arguments) == wanted
 
 
 def test_components_are_light():

@@ -23,7 +23,7 @@ from scripts.job import nodes
 from scripts.job.environment import JobEnvironment
 from scripts.job.progress import Progress, heard
 from scripts.job.stage import RankFailed, Stage, Stopped
-from scripts.run import attempts, files, layout, retry
+from scripts.run import attempts, files, layout, preflight, retry
 from scripts.run.errors import InputError
 from scripts.run.processes import bound, how_it_ended, tail
 from scripts.run.stages import row
@@ -161,6 +161,9 @@ class Parent(Stage):
         A single rank is started directly: torchrun takes five seconds to start one process.
         Raises InputError, Stopped or RankFailed.
         """
+        found = preflight.gpu_problems(self.environment.processes, os.environ, Path("/dev"))
+        if found:
+            raise InputError(found)
         command = [sys.executable, "-m", f"scripts.{row(self.name).module}", str(self.directory)]
         if self.environment.world > 1:
             if self.environment.node == 0:

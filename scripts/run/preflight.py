@@ -1,6 +1,6 @@
 """What a stage will need of the machine, before it starts to work. Lower bounds, from the
 architecture alone: activations and caches come on top. The launcher asks about .venv, the disk and
-the port, the job about its own memory."""
+the port, the job about its own memory and GPUs."""
 
 from __future__ import annotations
 
@@ -60,6 +60,21 @@ def memory_problems(need: float, what: str, free: Optional[float] = None) -> lis
         return []
     sizes = f"{need / GB:.2f} GB of memory, {free / GB:.2f} are free"
     return [f"{what} will need at least {sizes}; take a larger machine or a smaller model"]
+
+
+def gpu_problems(processes: int, environment: Mapping[str, str], devices: Path) -> list[str]:
+    """Tell whether there are fewer GPUs than processes that each take one: those that
+    CUDA_VISIBLE_DEVICES names, or all nvidia0, nvidia1, … in `devices` (/dev). None at all: the
+    processes use the CPU."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        gpus = len([path for path in devices.glob("nvidia*") if path.name[6:].isdecimal()])
+    else:
+        gpus = len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+    if not gpus or processes <= gpus:
+        return []
+    mend = f"GPUS={gpus}, or CUDA_VISIBLE_DEVICES= for processes on the CPU"
+    return [f"GPUS={processes}: this machine has {gpus} (nvidia-smi -L); {mend}"]
 
 
 def port_problems(bind: str, port: int, patience: float = 5) -> list[str]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import glob
 import importlib.util
 import inspect
+import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, Optional
@@ -62,6 +64,9 @@ def train(stage: Rank, dataset: str) -> None:
     from scripts.tools import patches
 
     stage.phase("imports torchtune")
+    if device(stage.config.read_text(encoding="utf-8"), stage.arguments) == "cpu":
+        # Where there is a GPU, torchtune takes its kernels for packed rows, whatever `device` says.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     patches.torchtune(stage.environment.world)
     import torch.distributed as dist
     from torchtune.training import get_distributed_backend
@@ -83,6 +88,14 @@ def train(stage: Rank, dataset: str) -> None:
     recipe.train()
     batches.wait()
     recipe.cleanup()
+
+
+def device(config: str, arguments: list[str]) -> str:
+    """Return the device that a config's text and the key=value arguments name, the last argument
+    first; "" if none does."""
+    given = [word[len("device=") :] for word in arguments if word.startswith("device=")]
+    found = re.search(r"^device:\s*[\"']?(\w+)", config, re.M)
+    return given[-1] if given else found[1] if found else ""
 
 
 def load_config(stage: Rank, dataset: str):
