@@ -154,9 +154,9 @@ def test_slurm_runs_a_stage_in_it(bare, bundle, tmp_path_factory, monkeypatch):
         own = {**lab.environment, "RELAY_RUNTIME": "oci", "RELAY_IMAGE": str(bundle)}
         given = {**own, "CLUSTER": "slurm", "DATA": str(bare / "sets/data")}
         make("pretrain", RUN="oci", ARGS=SMALL["PRETRAIN_ARGS"], **given)
-        make("pretrain", RUN="two", NODES="2", **given)
+        make("pretrain", RUN="oci-two", NODES="2", **given)
         until(lambda: (bare / "oci/pretrain/stage.json").exists(), seconds=180)
-        until(lambda: "NODES=1" in call_make("status", RUN="two", **given).stdout)
+        until(lambda: "NODES=1" in call_make("status", RUN="oci-two", **given).stdout)
     finally:
         lab.down()
     model = digest_tree(bare / "oci/pretrain/model")
