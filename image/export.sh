@@ -11,6 +11,8 @@ needs() { command -v "$1" > /dev/null || { echo "error: $1: not on PATH; $2" >&2
 . image/engine.sh
 "$engine" image inspect "$image" > /dev/null 2>&1 ||
   { echo "error: IMAGE=$image: $engine has no such image; make image, or IMAGE=" >&2; exit 64; }
+[ -w "$(dirname "$out")" ] ||
+  { echo "error: OUT=$out: its folder is not there, or cannot be written" >&2; exit 64; }
 scratch=$(mktemp -d "$out.XXXX") # beside it, so that the last step is a rename
 trap 'rm -rf "$scratch"' EXIT
 case $kind in

@@ -3,11 +3,13 @@
 import os
 import re
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 
 from scripts.clusters import containers
 from scripts.clusters.local import Local
+from scripts.run.digests import sha256
 from scripts.run.submission import Submission
 from scripts.tools import image_check
 from tests.support.goldens import BUILD_PLAN, FOLDER, build_plan
@@ -187,6 +189,20 @@ def test_a_runtime_that_is_none_is_refused(runs):
 
 
 # --- the page
+
+
+@pytest.mark.parametrize(
+    "given", ["/no/such:/x", "{here}", "{here}:x", "data:/data", "{here}:/a,no"]
+)
+def test_a_mount_that_cannot_be_is_named_before_anything_is_written(tmp_path, monkeypatch, given):
+    """The engine said it with its own exit code when the run's files were there."""
+    label = SimpleNamespace(returncode=0, stdout=f"cpu {sha256(ROOT / 'requirements/cpu.lock')}")
+    monkeypatch.setattr(containers.subprocess, "run", lambda *_, **__: label)
+    asked = {"RUNTIME": "podman", "MOUNTS": given.format(here=tmp_path)}
+    assert containers.problems({**asked, "MOUNTS": f"{tmp_path}:/data"}) == []
+    [said] = containers.problems(asked)
+    assert said.startswith("MOUNTS=")
+    assert "give a folder that is here" in said
 
 
 def test_a_lock_is_read_for_this_machine():

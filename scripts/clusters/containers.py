@@ -64,7 +64,17 @@ def problems(environment: Mapping[str, str]) -> list[str]:
             f" checkout's ({sha256(path)}); make image builds it anew",
             file=sys.stderr,
         )
-    return []
+    wrong = (given for given in _more_mounts(environment) if not _can_be_mounted(given))
+    return [f"MOUNTS={given}: give a folder that is here, as /data:/data" for given in wrong]
+
+
+def _more_mounts(environment: Mapping[str, str]) -> list[str]:
+    return [given for given in environment.get("MOUNTS", "").split(",") if given]
+
+
+def _can_be_mounted(given: str) -> bool:
+    source, _, target = given.partition(":")
+    return os.path.isabs(source) and os.path.exists(source) and target.startswith("/")
 
 
 def command(
@@ -80,8 +90,7 @@ def command(
     if os.path.exists("/dev/nvidiactl"):
         found += ["--gpus=all"] if name == "docker" else ["--device=nvidia.com/gpu=all"]
     found += [f"--workdir={ROOT}", *_mounts(submission)]
-    for given in environment.get("MOUNTS", "").split(","):
-        found += [f"--volume={given}"] if given else []
+    found += [f"--volume={given}" for given in _more_mounts(environment)]
     passed = {k for k, v in environment.items() if v and PASSED.fullmatch(k)} - set(variables)
     found += [f"--env={key}" for key in sorted(passed)]
     found += [f"--env={key}={value}" for key, value in variables.items()]
