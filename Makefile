@@ -6,7 +6,7 @@ MODEL   ?= debug
 CLUSTER ?= local
 OPTIONS := RUN MODEL CLUSTER NODES GPUS FROM DATA ARGS STAGE DRY_RUN FORCE BIND PORT API_KEY_FILE \
   PROMPT RUNS VALIDATION COLUMNS DATA_ARGS PRETRAIN_ARGS FINETUNE_ARGS ALIGN_ARGS EVALUATE_ARGS \
-  DEPLOY_ARGS RUNTIME IMAGE MOUNTS
+  DEPLOY_ARGS RUNTIME IMAGE MOUNTS SERVICE DOWNTIME
 IMAGE_OPTIONS := ACCELERATOR BASE_IMAGE EFA TAG WHEELS TORCH_CPU OUT LINE
 # As they were given: make would read a $ in them as its own variable, and run a $(shell …).
 $(foreach name,$(OPTIONS) $(IMAGE_OPTIONS),$(eval override $(name) := $$(value $(name))))
@@ -21,9 +21,10 @@ TEST   := .venv/bin/python -m pytest -q
 LAUNCHER := scripts/run scripts/clusters scripts/launcher
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo pipeline data pretrain finetune align evaluate deploy undeploy chat \
-  nccl-check status logs lineage stop cancel clean filters test test-all test-slurm \
-  test-kubernetes lint lock golden image squashfs sif image-push image-check sbom reinstall
+.PHONY: help setup demo pipeline data pretrain finetune align evaluate deploy undeploy rollback \
+  chat nccl-check status logs lineage stop cancel clean filters test test-all test-nightly \
+  test-slurm test-kubernetes lint lock golden image squashfs sif image-push image-check sbom \
+  reinstall
 
 # STEPS=50 would train with the default. Names with a _ may be a program's, as SBATCH_TIMELIMIT.
 UNKNOWN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
@@ -47,6 +48,7 @@ help: ## This help
 	  'FROM=dir' 'start from this Hugging Face directory' \
 	  'ARGS="..."' 'arguments of the upstream tool; for pipeline: PRETRAIN_ARGS=… and so on' \
 	  'BIND= PORT= FORCE=1' 'deploy: address, port, serve without a verdict; API_KEY_FILE=…' \
+	  'SERVICE=name' 'with CLUSTER=k8s: the name it is served under (default: the run)' \
 	  'DRY_RUN=1' 'print what would run, to read or paste; touch nothing'
 
 ##@ The line
@@ -69,6 +71,8 @@ deploy: $(VENV) ## Serve the model with vLLM's OpenAI API, in the background
 chat: ## Talk to the served model; PROMPT="…" asks once
 	@$(LAUNCH) chat
 undeploy: ## Stop serving
+	@$(LAUNCH) $@
+rollback: ## Serve again what SERVICE= had before, with CLUSTER=k8s
 	@$(LAUNCH) $@
 nccl-check: $(VENV) ## Speed and transport of the network between NODES × GPUS ranks; slow nodes
 	@$(LAUNCH) $@
@@ -108,9 +112,11 @@ filters: .venv/filters ## Install datatrove, for the filters of a data recipe (d
 	@.venv/bin/python -m uv pip install --quiet --require-hashes --requirement $<
 	@touch $@
 test: .venv/installed ## The fast tests
-	@$(TEST) -m "not slow" tests
+	@$(TEST) -n 2 -m "not slow" tests
 test-all: .venv/installed ## Every test, the whole line included, two at a time
 	@$(TEST) -n 2 --durations=12 tests
+test-nightly: .venv/installed ## What is too long for every commit: the longest kill matrix
+	@NIGHTLY=1 $(TEST) -m nightly --durations=12 tests
 test-slurm: .venv/installed ## The Slurm tests, on their own Slurm; RELAY_SLURM=site: on this one
 	@$(TEST) --durations=12 tests/test_slurm_text.py tests/test_slurm.py
 test-kubernetes: .venv/installed ## The Kubernetes tests (RELAY_KUBERNETES=site likewise)

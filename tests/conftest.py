@@ -45,3 +45,12 @@ def folder(tmp_path_factory) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     os.environ["RUNS"] = str(path)
     return path
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave the longest tests to make test-nightly, and to whoever asks for one by its name."""
+    if os.environ.get("NIGHTLY") or config.option.keyword:
+        return
+    nightly = [item for item in items if item.get_closest_marker("nightly")]
+    items[:] = [item for item in items if item not in nightly]
+    config.hook.pytest_deselected(items=nightly)

@@ -1,25 +1,21 @@
 """Inside the job: what the environment says, how nodes meet, how a stage stops."""
 
 import ast
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from scripts.job import follower, nodes
 from scripts.job.environment import OF_A_RANK, JobEnvironment, forget_rank
 from scripts.job.parent import Parent
 from scripts.job.rank import Rank
-from scripts.job.stage import RankFailed
 from scripts.run import attempts, files
-from scripts.run.errors import DONE, InputError
+from scripts.run.errors import InputError
 from scripts.run.layout import ROOT
 from scripts.run.processes import process_start
 
@@ -48,7 +44,7 @@ def test_one_machine():
 def test_slurm_and_torchrun_name_the_node():
     slurm = {**TWO, "SLURM_NODEID": "1", "SLURM_STEP_ID": "4", "PET_RDZV_ID": "7-0"}
     found = JobEnvironment.read({**slurm, "RELAY_JOB": "c:7", "RELAY_ADDRESS": "10.0.0.1"})
-    assert found == JobEnvironment(2, 1, 1, "c:7", "7-0.4", "10.0.0.1", world=2)
+    assert found == JobEnvironment(2, 1, 1, "c:7", "7-0.4", "10.0.0.1", world=2, rendezvous="7-0")
     assert JobEnvironment.read({**slurm, "PET_NODE_RANK": "0"}).node == 0, "torchrun's own wins"
     with pytest.raises(InputError, match="which of 2 nodes this is, nobody says"):
         JobEnvironment.read(TWO)  # a container of Slurm's own: each node took itself for node 0
@@ -114,75 +110,6 @@ def test_the_job_room_imports_the_run_room_at_the_top_of_its_files():
         names = [getattr(n, "module", None) or n.names[0].name for n in imports]
         ours = [name for name in names if name.split(".")[0] not in sys.stdlib_module_names]
         assert all(re.match(r"scripts\.(job|run)\b", name) for name in ours), (path, ours)
-
-
-# --- how nodes meet
-
-
-def second_node(directory: Path) -> Parent:
-    return Parent(directory, JobEnvironment.read({**TWO, "PET_NODE_RANK": "1", "PET_RDZV_ID": "s"}))
-
-
-def call(directory: Path, state: str, attempt: int) -> None:
-    nodes.call(directory, JobEnvironment.read({**FIRST, "PET_RDZV_ID": "s"}), state, attempt)
-
-
-def test_a_call_is_whole_or_none(directory):
-    parent = second_node(directory)
-    file = directory / "attempts/s.call"
-    assert nodes.called(directory, parent.environment) is None
-    for text in ("", "1", '{"state": "sta', '{"state": "start"}', '{"state": "x", "attempt": 1}'):
-        file.write_text(text)
-        assert nodes.called(directory, parent.environment) is None, f"{text!r} is no order"
-    call(directory, nodes.START, 3)
-    assert json.loads(file.read_text()) == {"state": "start", "attempt": 3}
-    assert nodes.called(directory, parent.environment) == nodes.Call(nodes.START, 3)
-
-
-def test_one_node_calls_nobody(directory):
-    nodes.call(directory, JobEnvironment(), nodes.START, 1)
-    assert list((directory / "attempts").iterdir()) == []
-
-
-@pytest.fixture
-def no_handlers(monkeypatch):
-    """Leave pytest's own signal handlers where they are."""
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(follower, "POLL_SECONDS", 0.01)
-
-
-def test_a_follower_of_a_node_0_that_was_refused(directory, no_handlers, monkeypatch):
-    parent = second_node(directory)
-    monkeypatch.setattr(parent, "ranks", lambda: pytest.fail("there is nothing to start"))
-    call(directory, nodes.ENDED, 0)
-    assert follower.follow(parent) == DONE
-
-
-@pytest.mark.parametrize("fault", [None, RankFailed("it broke"), InputError("wrong key")])
-def test_a_follower_starts_its_ranks_and_leaves_with_node_0(
-    directory, no_handlers, monkeypatch, fault
-):
-    parent, seen = second_node(directory), []
-
-    def ranks():
-        seen.append(parent.attempt_number)
-        if fault:
-            raise fault
-
-    monkeypatch.setattr(parent, "ranks", ranks)
-    (directory / "attempts/s.call").write_text("")  # as a shared filesystem may show it at first
-    thread = threading.Thread(target=follower.follow, args=(parent,), daemon=True)
-    thread.start()
-    time.sleep(0.1)
-    assert seen == [], "an empty file is no order"
-    call(directory, nodes.START, 2)
-    time.sleep(0.3)
-    assert seen == [2]
-    assert thread.is_alive(), "node 0 may still be handing over"
-    call(directory, nodes.ENDED, 2)
-    thread.join(5)
-    assert not thread.is_alive()
-    assert [str(fault)] * bool(fault) == [e["error"] for e in parent.errors()]
 
 
 # --- how a stage stops

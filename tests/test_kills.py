@@ -57,6 +57,7 @@ def assert_not_handed_over(directory):
 # --- the longest first: where workers share tests out, the last ones should be short ---
 
 
+@pytest.mark.nightly
 def test_twenty_random_kills_over_one_pipeline(folder):
     """Anything of it is killed, at any moment; then it completes, with what an unbroken run
     gives."""
@@ -102,6 +103,11 @@ def test_two_processes(stage):
         attempt, found = attempt_until_saved(stage, **settings)
         assert len(found["ranks"]) == 2, f"two ranks must be running: {found}"
         end_by(way, attempt, found)
+    attempt, found = attempt_until_saved(stage, **settings, RELAY_HANG="10")
+    os.kill(found["ranks"][1], signal.SIGSTOP)  # a rank that hangs: the other waits for it
+    code, said = attempt.end(), attempt.said()
+    assert code == 1, f"a hang must end the attempt as a fault:\n{said[-3000:]}"
+    assert re.search(r"no step for 1\d s: it hangs; rank 1 on \S+, process \d+: no answer", said)
     make(stage, **settings)
     assert_same(unbroken(stage, 2), directory)
 

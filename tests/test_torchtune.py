@@ -116,6 +116,7 @@ def test_a_resume_after_a_lora_save_gives_the_same_weights(born, tmp_path, one_r
         environment = JobEnvironment(rank=0, attempt=1)
         rank = SimpleNamespace(directory=tmp_path, number=0, first=True, environment=environment)
         rank.sees_stop, rank.say, rank.attempt_number = (lambda: False), print, 1
+        rank.phase = print
         run = find_recipe("lora_finetune", 1)(cfg=cfg)
         run.setup(cfg=cfg)
         batches = Resumable(rank, run, every=3)

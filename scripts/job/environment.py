@@ -4,7 +4,9 @@ them, so a new cluster sets what stands here and is done:
 PET_NNODES PET_NPROC_PER_NODE PET_NODE_RANK PET_RDZV_ID    torchrun's own
 RANK LOCAL_RANK WORLD_SIZE                                 torchrun's, of one rank
 SLURM_NODEID SLURM_STEP_ID                                 Slurm's: srun sets no PET_NODE_RANK
+PET_RDZV_ENDPOINT                                          torchrun's: node 0's name and port
 RELAY_JOB RELAY_POD RELAY_ADDRESS RELAY_ATTEMPT            ours, where torchrun has no name
+RELAY_SILENCE RELAY_HANG                                   a site's, in seconds
 """
 
 from __future__ import annotations
@@ -35,14 +37,22 @@ class JobEnvironment:
     rank: Optional[int] = None  # None in a parent
     local_rank: Optional[int] = None
     world: int = 1  # ranks on all nodes
+    pods: bool = False  # a node that is lost is replaced alone, so the others stay
+    meets_at: str = ""  # the name at which torchrun meets
+    rendezvous: str = ""  # torchrun's own id of this start, "" without one
+    hang: float = 0.0  # seconds without a step that end an attempt; 0: as measured
+    silence: float = 60.0  # seconds without a beat, after which a node counts as lost
 
     @classmethod
     def read(cls, variables: Mapping[str, str] = os.environ) -> JobEnvironment:
-        """Read the variables. Raises ValueError for a number that is none, InputError where nobody
-        says which of several nodes this is: each would take itself for node 0."""
+        """Read the variables. Raises InputError for a number that is none, and where nobody says
+        which of several nodes this is: each would take itself for node 0."""
 
         def number(name: str, default: int) -> int:
-            return int(variables.get(name) or default)
+            said = variables.get(name) or str(default)
+            if not said.isdecimal():
+                raise InputError(f"{name}={said}: not a whole number")
+            return int(said)
 
         nodes, processes = number("PET_NNODES", 1), number("PET_NPROC_PER_NODE", 1)
         # A restarted job has a new rendezvous, a restarted step alone a new step, a replaced pod
@@ -67,6 +77,11 @@ class JobEnvironment:
             rank=number("RANK", 0) if is_rank else None,
             local_rank=number("LOCAL_RANK", 0) if is_rank else None,
             world=number("WORLD_SIZE", 1) if is_rank else nodes * processes,
+            pods=bool(variables.get("RELAY_POD")),
+            meets_at=variables.get("PET_RDZV_ENDPOINT", "").rpartition(":")[0],
+            rendezvous=variables.get("PET_RDZV_ID", ""),
+            hang=number("RELAY_HANG", 0),
+            silence=number("RELAY_SILENCE", 60),
         )
 
     def for_ranks(
@@ -92,6 +107,8 @@ class JobEnvironment:
             # not find out that the ranks train.
             "PYTHONUNBUFFERED": "1",
         }
+        if self.nodes > 1:  # the rendezvous of an attempt that has ended is closed
+            environment.update(PET_RDZV_ID=f"{self.rendezvous or self.job}.{attempt}")
         if self.world == 1:
             alone = ("0", "0", "1", "1", "127.0.0.1", "0")
             environment.update(zip(OF_A_RANK, alone))

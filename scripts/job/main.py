@@ -18,24 +18,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
-from scripts.job import nodes, versions
+from scripts.job import faults, nodes, versions
 from scripts.job.environment import JobEnvironment
 from scripts.job.follower import follow
 from scripts.job.parent import Parent
 from scripts.job.rank import Rank, run_rank
 from scripts.job.stage import RankFailed, Stopped
 from scripts.run import attempts, files, retry
-from scripts.run.errors import DONE, GIVEN_UP, SAVED, WRONG_INPUT, InputError
+from scripts.run.errors import DONE, FAULT, GIVEN_UP, SAVED, WRONG_INPUT, InputError
 from scripts.run.layout import finished
 
 STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-Work = Callable[[Parent], dict[str, Any]]
+Work = Callable[[Parent], Optional[dict[str, Any]]]
 
 
 def run(main: Work, rank: Optional[Callable[[Rank], object]] = None) -> None:
     """Run `python -m scripts.<stage> runs/<run>/<stage>`. Exits, never returns.
 
-    `main` returns what the stage adds to stage.json: {"inputs", "outputs", "summary"}.
+    `main` returns what the stage adds to stage.json: {"inputs", "outputs", "summary"}; None for one
+    that has nothing to be done only once.
     """
     if len(sys.argv) != 2 or not Path(sys.argv[1], "stage.env").exists():
         usage = "usage: python -m scripts.<stage> runs/<run>/<stage> (with its stage.env)"
@@ -56,54 +57,78 @@ def run(main: Work, rank: Optional[Callable[[Rank], object]] = None) -> None:
 def run_parent(directory: Path, environment: JobEnvironment, main: Work) -> int:
     """Run a stage script as the parent of its ranks; return its exit code."""
     name = directory.resolve().name
+    meeting = nodes.Meeting(directory.resolve(), environment)
     try:
         if finished(directory):
             # A second job of it, or one that was requeued after its end, on any node.
             print(f"{name}: done already")
             return DONE
-        parent = Parent(directory, environment)
+        meeting.open()
         if environment.node:
-            return follow(parent)
-        parent.begin()
+            return follow(directory, environment, meeting)
+        while True:
+            parent = Parent(directory, environment, meeting)
+            parent.begin()
+            code, stays = _attempt(parent, main)
+            if not stays:
+                return code
     except (InputError, OSError) as problem:
         said = str(problem)
         if isinstance(problem, OSError):
             said = f"cannot write {directory.resolve()}: {problem.strerror}; mend its permissions"
         print(f"{name}: {said}", file=sys.stderr)
         with contextlib.suppress(OSError):
-            nodes.call(directory, environment, nodes.ENDED, 0)
+            meeting.refuse()
         return WRONG_INPUT
-    code, error = _attempt(parent, main)
+
+
+def _attempt(parent: Parent, main: Work) -> tuple[int, bool]:
+    """Make an attempt; return its exit code, and whether another follows in this script."""
+    meeting, stays = parent.meeting, False
+    code, error = _work(parent, main)
+
+    def leave(*_: object) -> None:
+        meeting.leaving = True
+
     for number in STOPS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, leave)
+    parent.over.set()
     parent.shown.end()
+    faults.remove_unasked(parent.directory, parent.attempt_number)
     # A full disk must not keep the script from its end: without its process it counts as gone.
     with contextlib.suppress(OSError):
         parent.end(code, error)
-        if code == 1 and environment.job and parent.leave_word() == retry.DOWN:
+        if code == FAULT and parent.environment.job and parent.leave_word() == retry.DOWN:
             code = GIVEN_UP
     with contextlib.suppress(OSError):
-        nodes.call(parent.directory, environment, nodes.ENDED, parent.attempt_number)
+        stays = parent.stays(code)
+        # Where this node is replaced alone, the others wait for that.
+        waits = stays or (parent.environment.pods and code == SAVED)
+        meeting.call(nodes.OVER if waits else nodes.ENDED, parent.attempt_number, code)
     with contextlib.suppress(OSError):
         if error:
-            print(f"\n{name}: {error}", file=sys.stderr)
-    return code
+            print(f"\n{parent.name}: {error}", file=sys.stderr)
+    return code, stays
 
 
-def _attempt(parent: Parent, main: Work) -> tuple[int, str]:
+def _work(parent: Parent, main: Work) -> tuple[int, str]:
     """Do the stage's work; return its exit code and what to say of it."""
     try:
         for number in STOPS:
             signal.signal(number, parent.stop)
-        _finish(parent, main(parent))
+        if parent.meeting.leaving:  # asked between two attempts
+            raise Stopped
+        result = main(parent)
+        if result is not None:
+            _finish(parent, result)
     except InputError as problem:
         return WRONG_INPUT, str(problem)
     except Stopped:
         return SAVED, "stopped; the same command continues"
     except RankFailed as fault:
-        return 1, str(fault)
+        return FAULT, str(fault)
     except Exception:
-        return 1, parent.full_disk().strip() or traceback.format_exc()
+        return FAULT, faults.full_disk(parent.directory).strip() or traceback.format_exc()
     return DONE, ""
 
 

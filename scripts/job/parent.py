@@ -7,9 +7,7 @@ failed: a failed rank makes torchrun exit 1 whatever it raised, so ranks leave e
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,45 +15,39 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
-from scripts.job import nodes
+from scripts.job import faults, nodes
 from scripts.job.environment import JobEnvironment
-from scripts.job.progress import Progress, heard
-from scripts.job.stage import RankFailed, Stage, Stopped
+from scripts.job.nodes import Meeting
+from scripts.job.progress import heard
+from scripts.job.record import Recorder
+from scripts.job.stage import RankFailed, Stopped
 from scripts.run import attempts, files, layout, preflight, retry
-from scripts.run.errors import InputError
+from scripts.run.errors import FAULT, SAVED, InputError
 from scripts.run.processes import bound, how_it_ended, tail
 from scripts.run.stages import row
 
 STOP_SECONDS = 10.0  # from SIGTERM to SIGKILL, for ranks that have nothing to save
+TICK_SECONDS, SAY_SECONDS = 1.0, 3.0  # the latter: for ranks elsewhere that have failed first
+COME_SECONDS = 600.0  # for the nodes of a job to come; torchrun's own patience
 
 
-class Parent(Stage):
+class Parent(Recorder):
     """A stage as its stage script sees it: with an attempt, and with ranks to start."""
 
-    def __init__(self, directory: Path, environment: JobEnvironment):
+    def __init__(
+        self, directory: Path, environment: JobEnvironment, meeting: Optional[Meeting] = None
+    ):
         super().__init__(directory, environment)
-        self.attempt: dict[str, Any] = {}
-        said = files.read_json(self.directory / "progress.json") or {}
-        said.pop("phase", None)
-        # An earlier attempt's numbers stand until this one counts steps itself.
-        self.counted_by: Optional[int] = said.pop("attempt", None)
-        self.progress: dict[str, Any] = said
-        self.training = False  # ranks take steps, so they look for stop_file
+        self.meeting = meeting or Meeting(self.directory, environment)
+        self.lost = ""  # which node is lost, and this attempt ends
+        self.hang = ""  # for how long no step has come, and this attempt ends
+        self.others_leave = False  # another node was asked to leave
         self.serving = False  # the service has answered
-        self.stop_requested = False
-        self.shown = Progress(self.name, quiet=environment.node > 0)
-        self._spoken_to = False  # rank 0 is on this node
-        self._progressed = False  # this attempt has reached a new highest step
-        self._lock = threading.RLock()  # tick() and ready() run in threads of their own
+        self.over = threading.Event()  # set when the attempt has ended
         self._child: Optional[subprocess.Popen[str]] = None
         self._kill_at = float("inf")
-
-    @property
-    def attempt_number(self) -> int:
-        """Return this attempt's number, from 1."""
-        return int(self.attempt["attempt"])
 
     # --- the attempt
 
@@ -63,8 +55,9 @@ class Parent(Stage):
         """Begin an attempt. Raises InputError if another runs, OSError if none can be written."""
         environment = self.environment
         self.attempt = attempts.begin(self.directory, environment.job, environment.start)
+        self.meeting.call(nodes.BEGUN, self.attempt_number)
         self.leave_word()  # now: a script that is killed later leaves none
-        threading.Thread(target=self._tick, daemon=True).start()
+        self.watch()
 
     def end(self, code: int, error: str) -> None:
         """Record how the attempt ended. Raises OSError."""
@@ -73,11 +66,25 @@ class Parent(Stage):
             attempts.end(self.directory, self.attempt, code, error)
         self.leave_word()
 
+    def stays(self, code: int) -> bool:
+        """Tell whether this script begins the next attempt itself, where a lost node is replaced
+        alone: after a loss, after another node's leave, after every other fault without progress.
+        Else its pod is replaced, too."""
+        if not self.environment.pods or self.meeting.leaving or self.meeting.replaced:
+            return False
+        past, highest = attempts.history(self.directory), attempts.highest_step(self.directory)
+        count, _ = retry.counts(past, highest, self.environment.job)
+        return code == SAVED or (code == FAULT and (bool(self.lost) or count % 2 == 1))
+
     def leave_word(self) -> str:
         """Leave the word by which a scheduler decides on another start (retry.py); return it."""
         with self._lock, contextlib.suppress(OSError):  # a full disk: the word before it stands
             return retry.leave_word(self.directory, self.environment.job)
         return retry.AGAIN
+
+    def progressed(self) -> None:
+        """Leave another word: an attempt that makes progress is followed by another."""
+        self.leave_word()
 
     def ready(self) -> None:
         """Note that the service answers: what failed before it no longer counts as a fault."""
@@ -90,70 +97,78 @@ class Parent(Stage):
                 files.write_json(self.directory / "attempts" / name, self.attempt)
         self.leave_word()
 
-    # --- progress
+    # --- while the ranks run
 
-    def phase(self, name: str, detail: str = "") -> None:
-        """Show and record what the stage does from now on, for example "loads the model"; "" for
-        a phase that needs no clock. The same phase again shows how far it is: `detail`."""
-        if name != self.shown.phase:
-            self.shown.enter(name)
-        self.shown.detail = f", {detail}" if detail else ""
-        said = {
-            "name": name + self.shown.detail,
-            "since": time.time(),
-            "attempt": self.attempt_number,
-        }
-        self._record(said if name else None)
-
-    def _steps(self, said: dict[str, Any]) -> None:
-        """Take rank 0's report: step, total, and perhaps loss and tokens_per_second."""
-        if not self.training:
-            self.training = True
-            if said["step"] < said["total"]:
-                self.progress.clear()  # an earlier attempt's loss is not this step's
-        self.progress.update(said)
-        self.counted_by = self.attempt_number
-        self.shown.show(self.progress)
-        self._record()
-        if not self._progressed and said["step"] > self.attempt.get("highest_before", 0):
-            self._progressed = True
-            self.leave_word()
-
-    def _record(self, phase: Optional[dict[str, Any]] = None) -> None:
-        """Write progress.json: the newest steps with the attempt that counted them, the phase."""
-        content = {**self.progress}
-        if self.counted_by is not None:
-            content["attempt"] = self.counted_by
-        if phase:
-            content["phase"] = phase
-        with self._lock, contextlib.suppress(OSError):
-            files.write_json(self.directory / "progress.json", content)
-
-    def _overheard(self) -> dict[str, Any]:
-        """Return what another node's parent has recorded in this attempt; {} if nothing."""
-        with contextlib.suppress(InputError, OSError):
-            said = files.read_json(self.directory / "progress.json") or {}
-            phase = said.pop("phase", {})
-            if said.pop("attempt", None) != self.attempt_number:
-                said = {}
-            return said or (phase if phase.get("attempt") == self.attempt_number else {})
-        return {}
+    def watch(self) -> None:
+        """Do every second what cannot wait for a line of the ranks' output, until over is set."""
+        threading.Thread(target=self._tick, daemon=True).start()
 
     def _tick(self) -> None:
-        """Do once a second what must not wait for a line of the ranks' output."""
-        while True:
-            time.sleep(1)
+        while not self.over.wait(TICK_SECONDS):
+            self._look_at_the_nodes()
+            self._look_for_a_hang()
             if time.monotonic() > self._kill_at:
                 self.kill()
             if self.environment.nodes > 1 and self._child is not None and not self._spoken_to:
                 said = self._overheard()  # rank 0 may be on another node
                 if "step" in said:
+                    self.steps.saw(said["step"], said["total"])
                     self.shown.show(said)
                 elif said and said["name"] != self.shown.phase:
                     self.shown.enter(said["name"])
             self.shown.tick()
 
+    def _look_at_the_nodes(self) -> None:
+        """End this node's ranks when they have no right to run, or none to wait for."""
+        meeting = self.meeting
+        if meeting.over(self.attempt_number):
+            self.kill()
+        elif self.environment.nodes == 1 or self.environment.node or self._child is None:
+            return
+        elif self.lost or meeting.lost():
+            self.lost = self.lost or meeting.lost()
+            self.kill()
+        elif meeting.failing():
+            self._kill_at = min(self._kill_at, time.monotonic() + nodes.FAULT_SECONDS)
+        elif meeting.who_leaves() and not self.others_leave:
+            self.others_leave = True
+            self.shown.say(meeting.who_leaves())
+            self._take_over_what_was_overheard()
+            self._ask_to_leave()
+
+    def _look_for_a_hang(self) -> None:
+        """End the attempt if no step has come for long, and ask all ranks where they stand."""
+        if self.environment.node:
+            if self.meeting.asks_for_stacks(self.attempt_number):
+                self._ask_for_stacks()
+            return
+        silent = self.steps.silent(self.environment.hang, bool(self.shown.phase))
+        if not silent or self.hang or self.meeting.leaving:
+            return
+        self.hang = f"no step for {silent:.0f} s: it hangs"
+        self.meeting.call(nodes.HANG, self.attempt_number)
+        self._ask_for_stacks()
+        self._kill_at = time.monotonic() + faults.ANSWER_SECONDS
+
+    def _ask_for_stacks(self) -> None:
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, faults.ASKED)
+
     # --- ranks
+
+    def _gather(self) -> None:
+        """Wait until a script of each node is there, then call the attempt's ranks. Raises
+        RankFailed where lost nodes are not replaced alone, and one has not come."""
+        began, missing = time.monotonic(), [0]
+        while absent := self.meeting.absent(began):
+            if absent != missing:
+                self.phase(f"waits for node {', '.join(map(str, absent))}")
+            if not self.environment.pods and time.monotonic() > began + COME_SECONDS:
+                raise RankFailed(f"node {absent[0]} has not come for {COME_SECONDS:.0f} s")
+            missing = absent
+            time.sleep(0.2)
+        self.meeting.call(nodes.START, self.attempt_number)
 
     def ranks(self, extra: Optional[Mapping[str, str]] = None, cwd: Path = layout.ROOT) -> None:
         """Run this stage script as ranks and wait. `extra` goes into their environment.
@@ -166,8 +181,11 @@ class Parent(Stage):
             raise InputError(found)
         command = [sys.executable, "-m", f"scripts.{row(self.name).module}", str(self.directory)]
         if self.environment.world > 1:
-            if self.environment.node == 0:
-                nodes.call(self.directory, self.environment, nodes.START, self.attempt_number)
+            if self.environment.nodes > 1:
+                if self.environment.node == 0:
+                    self._gather()
+                if self.environment.pods:
+                    nodes.wait_for_name(self.environment.meets_at)
             logs = str(self.directory / "logs")
             torchrun = ["-m", "torch.distributed.run", "--log-dir", logs, "--tee", "3"]
             command[1:1] = torchrun
@@ -209,28 +227,30 @@ class Parent(Stage):
                     log.flush()
             code = child.wait()
         self.shown.end()
+        self.steps.end()
         self._kill_at = float("inf")
         return code
-
-    def _hear(self, said: dict[str, Any]) -> None:
-        self._spoken_to = True
-        if "say" in said:
-            self.shown.say(said["say"])
-        elif "phase" in said:
-            self.phase(said["phase"], said.get("detail", ""))
-        else:
-            self._steps(said)
 
     def _judge(self, code: int) -> None:
         """Raise what the ranks' end means for the stage, if it is not its success."""
         if self.environment.nodes > 1 and self.environment.node == 0:
-            if not self.stop_requested:
+            if not self.meeting.leaving:
                 self._take_over_what_was_overheard()
-            time.sleep(3 if code else 0)  # another node's ranks may have failed first, and say so
-        errors = self.errors()
+            if code and not self.lost:
+                time.sleep(SAY_SECONDS)
+        errors = faults.errors(self.directory, self.attempt_number)
         if self.environment.node == 0:
             self.stop_file.unlink(missing_ok=True)
-        if self.stop_requested and (code == 0 or not self.training or not errors):
+        if self.lost:
+            raise RankFailed(self.lost)
+        if self.hang:
+            answers = faults.stacks(self.directory, self.attempt_number)
+            where = f"{self.directory}/logs/stacks-{self.attempt_number}-*.txt"
+            raise RankFailed(
+                f"{self.hang}; {faults.who_hangs(answers)}\n\n{where} has their stacks"
+            )
+        asked = self.meeting.leaving or self.others_leave
+        if asked and (code == 0 or not self.training or not errors):
             raise Stopped
         if errors and errors[0]["problems"]:
             raise InputError(errors[0]["problems"])
@@ -239,28 +259,7 @@ class Parent(Stage):
             if errors:
                 first = f"rank {errors[0]['rank']}: {errors[0]['error']}"
             last = f"last lines of {self.log}:\n{tail(self.log)}"
-            raise RankFailed(f"{first}{self.full_disk()}\n\n{last}")
-
-    def _take_over_what_was_overheard(self) -> None:
-        """Know what rank 0 has told the parent of its own node."""
-        said = self._overheard()
-        if "step" in said:
-            self.progress, self.training = said, True
-            self.counted_by = self.attempt_number
-
-    def errors(self) -> list[dict[str, Any]]:
-        """Return what failed ranks of this attempt left, first failure first."""
-        found = self.directory.glob(f"logs/error-{self.attempt_number}-*.json")
-        return sorted((json.loads(p.read_text()) for p in found), key=lambda e: e["time"])
-
-    def full_disk(self) -> str:
-        """Return a sentence if there is no space left, else "": tools say it in many ways, torch
-        with "unexpected pos"."""
-        free = shutil.disk_usage(self.directory).free
-        if free > 32 << 20:
-            return ""
-        mend = "free some, then the same command goes on"
-        return f"\n{self.directory}: no space left ({free >> 20} MiB): {mend}"
+            raise RankFailed(f"{first}{faults.full_disk(self.directory)}\n\n{last}")
 
     # --- stops
 
@@ -269,25 +268,30 @@ class Parent(Stage):
         scheduler have deadlines of their own), and sends SIGTERM to others, SIGKILL after
         STOP_SECONDS; a service that answers has its own deadline (vLLM's --shutdown-timeout).
         The second ends all at once. Raises Stopped if no child runs."""
-        child, first = self._child, not self.stop_requested
-        self.stop_requested = True
+        child, first, self.meeting.leaving = self._child, not self.meeting.leaving, True
         if self.environment.nodes > 1 and first:
             self._take_over_what_was_overheard()
         if child is None or child.poll() is not None:
             if first:
                 raise Stopped
-        elif first and self.training:
-            files.write_atomic(self.stop_file, "")
-            said = f"\n{self.name}: saving at the end of this step; a second stop leaves unsaved\n"
-            with contextlib.suppress(OSError):  # os.write: print may be at work below this handler
-                os.write(1, said.encode())
         elif first:
-            self.kill(signal.SIGTERM)
-            if not self.serving:
-                self._kill_at = time.monotonic() + STOP_SECONDS
+            self._ask_to_leave()
+            said = f"\n{self.name}: saving at the end of this step; a second stop leaves unsaved\n"
+            if self.training:
+                with contextlib.suppress(OSError):  # os.write: print may be at work below
+                    os.write(1, said.encode())
         else:
             self.training = False
             self.kill()
+
+    def _ask_to_leave(self) -> None:
+        """Ask ranks that train to save and leave; send SIGTERM to others."""
+        if self.training:
+            files.write_atomic(self.stop_file, "")
+            return
+        self.kill(signal.SIGTERM)
+        if not self.serving:
+            self._kill_at = time.monotonic() + STOP_SECONDS
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Send a signal to this node's ranks, if they run."""

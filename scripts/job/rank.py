@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from scripts.job import faults
 from scripts.job.environment import JobEnvironment
 from scripts.job.progress import tell
 from scripts.job.stage import Stage
@@ -72,6 +74,9 @@ def run_rank(directory: Path, environment: JobEnvironment, work: Callable[[Rank]
     if attempt["host"] == socket.gethostname() and not attempts.alive(attempt):
         # It died before this process could ask for the signal of its death.
         sys.exit("the stage script died while this rank was started")
+    with contextlib.suppress(OSError):  # a full disk is named where it matters
+        faults.answer_with_stacks(rank.directory, number, rank.number)
+        tell(pid=os.getpid())
     try:
         work(rank)
     except Left:

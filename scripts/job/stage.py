@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from scripts.job import nodes
 from scripts.job.environment import JobEnvironment
 from scripts.run import files, layout
 from scripts.run.digests import Digests
@@ -70,6 +71,6 @@ class Stage:
     def refuse_a_second_writer(self) -> None:
         """Raise RankFailed if a later attempt has begun: a scheduler that lost sight of this node
         has started the stage elsewhere, and two would write the same checkpoints."""
-        later = self.attempt_number + 1
-        if (self.directory / "attempts" / f"{later}.json").exists():
-            raise RankFailed(f"attempt {later} has taken this stage over")
+        call = nodes.called(self.directory / "attempts")
+        if call and call.attempt > self.attempt_number:
+            raise RankFailed(f"attempt {call.attempt} has taken this stage over")

@@ -4,12 +4,13 @@ begin only when attempt n has ended or its process is gone, and making the file 
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import time
 from pathlib import Path
 from typing import Any, Optional
 
-from scripts.run.errors import SAVED, WRONG_INPUT, InputError
+from scripts.run.errors import DONE, SAVED, WRONG_INPUT, InputError
 from scripts.run.files import dump_json, read_json, write_atomic, write_json
 from scripts.run.layout import finished
 from scripts.run.processes import boot_id, process_start
@@ -72,7 +73,7 @@ def begin(directory: Path, job: str = "", start: str = "") -> dict[str, Any]:
     }
     path = directory / "attempts" / f"{attempt['attempt']}.json"
     if not current:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         write_atomic(temporary, dump_json(attempt))
         try:
             os.link(temporary, path)  # fails if it exists: of two at once one wins, whole
@@ -127,5 +128,5 @@ def status(directory: Path) -> str:
         return "submitted" if (directory / "job.json").exists() else "-"
     if alive(past[-1]):
         return "running"
-    words = {WRONG_INPUT: "refused", SAVED: "stopped", None: "lost"}
+    words = {WRONG_INPUT: "refused", SAVED: "stopped", DONE: "stopped", None: "lost"}
     return words.get(past[-1].get("exit"), "failed")

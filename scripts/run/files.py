@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -15,7 +16,8 @@ SAFE = "/:,=@+-._"  # stays as it is in stage.env, beside letters and digits
 
 def write_atomic(path: Path, text: str, mode: int = 0o644) -> None:
     """Write a file whole or not at all. Raises OSError; the old content then stands."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # Not the pid: in two pods both are process 1, and they share the folder.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
     try:
         with os.fdopen(os.open(temporary, flags, mode), "w", encoding="utf-8") as file:

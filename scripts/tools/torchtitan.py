@@ -268,9 +268,10 @@ def _register(stage: Rank) -> None:
 
 def _report_progress(stage: Rank, trainer) -> None:
     """Wrap torchtitan's metrics.log, to report step, loss and speed to the parent as well; and
-    log_validation, whose loss is a sentence."""
-    metrics = trainer.metrics_processor
+    log_validation, whose loss is a sentence; and say when it saves."""
+    metrics, checkpointer = trainer.metrics_processor, trainer.checkpointer
     upstream, upstream_validation = metrics.log, metrics.log_validation
+    upstream_save = checkpointer.save
 
     def log(step, loss, *arguments, **keywords):
         import time
@@ -285,4 +286,9 @@ def _report_progress(stage: Rank, trainer) -> None:
         if stage.first:
             stage.say(f"step {step}: loss {loss:.4f} on held-out text")
 
-    metrics.log, metrics.log_validation = log, log_validation
+    def save(step, last_step=False):
+        if last_step or checkpointer._should_save(step):
+            stage.phase("saves")  # it may take longer than any step: that is no hang
+        upstream_save(step, last_step=last_step)
+
+    metrics.log, metrics.log_validation, checkpointer.save = log, log_validation, save

@@ -104,6 +104,7 @@ class Resumable:
         The two whole ones before it stay until it is whole.
         """
         self.wait()
+        self.rank.phase("saves")
         options = {"process_group": self.group} if self.group else {}
         folder = self.folder / f"step-{step}"
         self.saving = dcp.async_save(self.state(), checkpoint_id=folder, **options)
