@@ -28,6 +28,7 @@ CHANGES: dict[str, Callable[[Options], int]] = {
     "stop": manage.stop,
     "cancel": manage.stop,
     "undeploy": undeploy,
+    "rollback": manage.rollback,
     "clean": manage.clean,
 }
 SHOWS: dict[str, Callable[[Options], int]] = {

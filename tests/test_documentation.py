@@ -169,7 +169,7 @@ def test_the_table_of_stages_is_true():
     for stage, (_, size, local, slurm, kubernetes) in shown.items():
         row = stages.row(stage)
         assert ("NODES" in size) == (row.ranks or row.spreads), f"README: {stage}: {size}"
-        said = {"local": local, "slurm": slurm, "kubernetes": kubernetes}
+        said = {"local": local, "slurm": slurm, "k8s": kubernetes}
         for cluster, word in said.items():
             assert (word == "yes") == (cluster in CLUSTERS), f"README: {stage} on {cluster}: {word}"
 

@@ -5,6 +5,8 @@ RELAY_KUBERNETES=site uses the one that KUBECONFIG names, and leaves out what br
 this machine's .venv in pods.
 """
 
+import base64
+import contextlib
 import json
 import os
 import re
@@ -37,21 +39,25 @@ namespace: {space}
 images: [{{name: torch-relay, newName: registry.example/relay, newTag: "{tag}"}}]
 components: [{components}]
 patches:
-  - target: {{kind: Job}}
+  - target: {{kind: Job, labelSelector: torch-relay/stage}}
     patch: |-
       - {{op: add, path: /spec/template/spec/initContainers/0/workingDir, value: "{root}"}}
       - {{op: add, path: /spec/template/spec/initContainers/0/env/-, value: {path}}}
       - {{op: add, path: /spec/template/spec/containers/0/workingDir, value: "{root}"}}
       - {{op: add, path: /spec/template/spec/containers/0/env/-, value: {path}}}
-      - op: add
-        path: /spec/template/spec/containers/0/env/-
-        value: {{name: OMP_NUM_THREADS, value: "1"}}
-      - op: replace
-        path: /spec/template/spec/containers/0/resources/requests
-        value: {{cpu: 100m, memory: 256Mi}}
-      - op: replace
-        path: /spec/template/spec/containers/0/resources/limits/memory
-        value: 6Gi
+      - {{op: add, path: /spec/template/spec/containers/0/env/-, value: {threads}}}
+      - {{op: replace, path: /spec/template/spec/containers/0/resources/requests, value: {few}}}
+      - {{op: replace, path: /spec/template/spec/containers/0/resources/limits/memory, value: 6Gi}}
+  - target: {{kind: Deployment}}
+    patch: |-
+      - {{op: add, path: /spec/template/spec/containers/0/workingDir, value: "{root}"}}
+      - {{op: add, path: /spec/template/spec/containers/0/env/-, value: {path}}}
+      - {{op: replace, path: /spec/template/spec/containers/0/resources/requests, value: {few}}}
+      - {{op: replace, path: /spec/template/spec/containers/0/resources/limits/memory, value: 6Gi}}
+  - target: {{kind: Job, labelSelector: "torch-relay/run,!torch-relay/stage"}}
+    patch: |-
+      - {{op: add, path: /spec/template/spec/containers/0/workingDir, value: "{root}"}}
+      - {{op: add, path: /spec/template/spec/containers/0/env, value: [{path}]}}
   - target: {{kind: Pod}}
     patch: |-
       - {{op: add, path: /spec/containers/0/workingDir, value: "{root}"}}
@@ -211,6 +217,8 @@ class Client:
     def site(self, space=SPACE, tag="1", components="../components/cpu"):
         path = f"{{name: PATH, value: '{CODE}/.venv/bin:/usr/bin:/bin'}}"
         said = {"space": space, "tag": tag, "components": components, "root": CODE, "path": path}
+        said |= {"threads": '{name: OMP_NUM_THREADS, value: "1"}'}
+        said |= {"few": "{cpu: 100m, memory: 256Mi}"}
         (self.folder / "kubernetes/site/kustomization.yaml").write_text(SITE.format(**said))
 
     def launch(self, verb, **options):
@@ -235,6 +243,50 @@ class Client:
     def steps(self, run, least):
         """Wait until pretrain has come so far."""
         until(lambda: self.read(run).get("step", 0) >= least)
+
+    def pods(self, run):
+        """Return {index: pod} of a run, the newest of an index."""
+        asked = ["-n", SPACE, "get", "pods", "-l", f"torch-relay/run={run}", "-o", "json"]
+        items = json.loads(self.cluster.kubectl(*asked))["items"]
+        items.sort(key=lambda pod: pod["metadata"]["creationTimestamp"])
+        index = "batch.kubernetes.io/job-completion-index"
+        return {int(pod["metadata"]["labels"][index]): pod for pod in items}
+
+    def called(self, run):
+        """Return what node 0 has called, and in which attempt."""
+        said = self.read(run, "attempts/call.json") or {}
+        return said.get("state"), said.get("attempt")
+
+    def scripts(self, run):
+        """Return {process: environment} of a run's stage scripts, on any node."""
+        found = {}
+        for file in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                said = file.read_text().split("\0")
+                env = dict(
+                    word.partition("=")[::2]
+                    for word in (file.parent / "environ").read_text().split("\0")
+                )
+                script = said[1:3] == ["-m", "scripts.pretrain"] and "RANK" not in env
+                if script and f"/runs/{run}/pretrain" in said:
+                    found[int(file.parent.name)] = env
+        return found
+
+    def kill(self, run, index):
+        """Kill the stage script of a pod, as the kernel does where memory is short."""
+        for pid, env in self.scripts(run).items():
+            if env["PET_NODE_RANK"] == str(index):
+                os.kill(pid, 9)
+
+    def said(self, run):
+        """What there is to say of a run, for a failure."""
+        table = self.launch("status", RUN=run).stdout
+        return table + pods(self.cluster, SPACE)
+
+    def texts(self, run, pattern):
+        self.must("status", RUN=run)
+        found = sorted((self.folder / "runs" / run / "pretrain").glob(pattern))
+        return [file.read_text() for file in found]
 
     def read(self, run, name="progress.json"):
         self.must("status", RUN=run)
@@ -299,6 +351,57 @@ def test_it_goes_on_after_a_stop_a_deleted_and_a_killed_pod(client):
     assert losses[0] == losses[1]
 
 
+# --- stages on two nodes
+
+
+PAIR = {"NODES": "2", "DATA": "/runs/3x/data", "ARGS": f"{STEPS} --training.local_batch_size 8"}
+
+
+@pytest.fixture(scope="module")
+def unbroken(client):
+    """The loss of a run on two nodes that nothing happened to."""
+    client.must("pretrain", RUN="pair", **PAIR)
+    assert "done" in client.ended("pair", "pretrain"), client.must("logs", RUN="pair")
+    return client.read("pair", "stage.json")["summary"]["loss"]
+
+
+def test_lost_pods_cost_no_other_pod(client, unbroken):
+    """One run: node 0's script is killed, then node 1's; then node 0's pod is deleted, and the node
+    of the other is drained: these two lose no step."""
+    client.must("pretrain", RUN="lost", **PAIR)
+    kubectl, reached = client.cluster.kubectl, 0
+    for number, (way, index) in enumerate(
+        [("kill", 0), ("kill", 1), ("delete", 0), ("drain", 1)], start=1
+    ):
+        until(lambda n=number: client.read("lost").get("attempt") == n, 120)
+        reached += 10
+        client.steps("lost", reached)
+        pod, stays = client.pods("lost")[index], client.pods("lost")[1 - index]
+        if way == "kill":
+            client.kill("lost", index)
+        elif way == "delete":
+            kubectl("-n", SPACE, "delete", "pod", pod["metadata"]["name"], "--wait=false")
+        else:
+            flags = ("--ignore-daemonsets", "--delete-emptydir-data", "--force")
+            label = "--pod-selector=torch-relay/run=lost,batch.kubernetes.io/job-completion-index=1"
+            kubectl("drain", pod["spec"]["nodeName"], *flags, label)
+            kubectl("uncordon", pod["spec"]["nodeName"])
+        until(lambda n=number: client.read("lost", f"attempts/{n + 1}.json"), 120)
+        until(lambda n=number: client.called("lost") == ("start", n + 1), 120)
+        now = client.pods("lost")
+        assert now[1 - index]["metadata"]["uid"] == stays["metadata"]["uid"], f"{way} {index}"
+        assert now[index]["metadata"]["uid"] != pod["metadata"]["uid"], f"{way} {index}"
+    assert "done" in client.ended("lost", "pretrain"), client.must("logs", RUN="lost")
+    assert client.read("lost", "stage.json")["summary"]["loss"] == unbroken
+    tried = [client.read("lost", f"attempts/{n}.json") for n in range(1, 6)]
+    assert [a.get("exit") for a in tried] == [None, 1, 75, 75, 0], "node 0 was killed first"
+    log = "".join(client.texts("lost", "logs/attempt-*.log"))
+    resumed = sorted(int(n) for n in re.findall(r"from its checkpoint of step (\d+)", log))
+    lost = [a["highest_before"] - step for a, step in zip(tried[1:], resumed)]
+    assert all(steps <= 20 for steps in lost[:2]), f"more than an interval, and a save: {lost}"
+    assert all(steps <= 0 for steps in lost[2:]), f"a save was asked for: {lost}"
+
+
 def test_wrong_input_ends_the_job_at_once(client):
     given = {"RUN": "wrong", "DATA": "/runs/3x/data"}
     client.must("pretrain", **given, ARGS="--training.steps many")
@@ -339,6 +442,104 @@ def test_two_clients_and_one_run(client, tmp_path):
     client.must("cancel", RUN="local")
 
 
+# --- the whole line, and services
+
+LOAD = """
+import json, sys, time, urllib.request
+key, until, failed, done = sys.argv[1], time.time() + float(sys.argv[2]), [], 0
+body = {"model": "", "prompt": "a", "max_tokens": 2}
+def ask(path, body=None):
+    request = urllib.request.Request("http://chat/v1/" + path, body and json.dumps(body).encode(),
+        {"Authorization": "Bearer " + key, "Content-Type": "application/json"})
+    return json.load(urllib.request.urlopen(request, timeout=60))
+while time.time() < until:
+    try:
+        body["model"] = ask("models")["data"][0]["id"]
+        ask("completions", body)
+        done += 1
+    except urllib.error.HTTPError as error:
+        # Between the two questions another model may have come: that one is unknown to it.
+        failed += [] if error.code == 404 else [str(error)]
+    except OSError as error:
+        failed.append(str(error))
+print(json.dumps([done, failed]))
+"""
+
+
+def test_the_pipeline_without_its_client(client):
+    """All stages on two pods, the conductor killed between two of them; then an answer, through the
+    Service."""
+    small = {"PRETRAIN_ARGS": STEPS, "FINETUNE_ARGS": SHORT, "ALIGN_ARGS": SHORT}
+    given = {**small, "EVALUATE_ARGS": "--limit 20", "NODES": "2", "FORCE": "1"}
+    client.must("pipeline", RUN="whole", **given)
+    until(lambda: client.read("whole").get("step"), 240)
+    label = f"-n {SPACE} -l app.kubernetes.io/component=conductor".split()
+    client.cluster.kubectl("delete", "pod", *label, "--wait=false")
+    until(lambda: "serving" in client.line("whole", "deploy"), 600, lambda: client.said("whole"))
+    assert "http://whole.relay-stages/v1" in client.line("whole", "deploy")
+    assert client.must("chat", RUN="whole", PROMPT="What is a list?").strip()
+    refused = client.launch("pipeline", RUN="whole", **{**given, "NODES": "1"})
+    assert_refused(refused, "exists with other settings")
+    client.must("undeploy", RUN="whole")
+    left = client.cluster.kubectl("-n", SPACE, "get", "deploy,svc,pdb", "-o", "name")
+    assert "whole" not in left
+
+
+def test_what_waits_is_taken_back_and_what_fails_ends_the_chain(client):
+    given = {"RUN": "chain", "DATA": "/runs/3x/data"}
+    client.must("pretrain", **given, ARGS="--training.steps many")
+    client.must("finetune", **given, ARGS=SHORT)
+    until(lambda: "cancelled" in client.line("chain", "finetune"), 120)
+    assert "waits for pretrain, which has failed" in client.line("chain", "finetune")
+    client.must("pretrain", **given, ARGS="--training.steps 4000")
+    client.must("finetune", **given, ARGS=SHORT)
+    client.steps("chain", 5)
+    said = client.must("stop", RUN="chain")
+    assert said.startswith("finetune: taken from the queue\npretrain: stopped"), said
+    assert "cancelled" in client.line("chain", "finetune")
+    client.must("clean", RUN="chain")
+    assert "chain" not in client.cluster.kubectl("-n", SPACE, "get", "jobs,configmaps")
+
+
+def test_a_service_rolls_over_and_back_under_load(client):
+    """Of a constant load no request fails: through a broken candidate, another model, and back."""
+    client.must("deploy", RUN="3x", SERVICE="chat", FORCE="1")
+    secret = client.cluster.kubectl("-n", SPACE, "get", "secret", "chat-key", "-o", "json")
+    key = base64.b64decode(json.loads(secret)["data"]["key"]).decode().strip()
+    words = ["kubectl", "-n", SPACE, "exec", "relay-desk", "--", "python3", "-c", LOAD, key, "150"]
+    load = subprocess.Popen(
+        words, stdout=subprocess.PIPE, text=True, env={**os.environ, **client.cluster.environment}
+    )
+    other = {"RUN": "other", "SERVICE": "chat", "FROM": "/runs/3x/pretrain/model", "FORCE": "1"}
+    broken = client.launch("deploy", **other, ARGS="--max-model-len 999999")
+    assert broken.returncode == 1, broken.stdout + broken.stderr
+    assert "do not come up" in broken.stderr
+    assert "run 3x serves as before" in broken.stderr
+    assert "serving" in client.line("3x", "deploy")
+    client.must("deploy", **other)
+    assert "serving" in client.line("other", "deploy")
+    assert "stopped" in client.line("3x", "deploy")
+    client.must("rollback", SERVICE="chat")
+    assert "serving" in client.line("3x", "deploy")
+    done, failed = json.loads(load.communicate(timeout=300)[0])
+    assert done > 20, "there was no load"
+    assert failed == []
+    nobody = client.launch("chat", RUN="other", PROMPT="x")
+    assert_refused(nobody, "is not served")
+    client.must("undeploy", RUN="3x")
+
+
+def test_a_model_that_was_cut_touches_nothing(client):
+    folder = next(client.cluster.state.glob(f"volumes/{SPACE}-*/3x/pretrain/model"))
+    shutil.copytree(folder, folder.parents[2] / "cut")
+    weights = next((folder.parents[2] / "cut").glob("*.safetensors"))
+    os.truncate(weights, weights.stat().st_size // 2)
+    refused = client.launch("deploy", RUN="cut", SERVICE="cut", FROM="/runs/cut", FORCE="1")
+    assert refused.returncode == 1
+    assert "cut" in refused.stderr
+    assert "cut" not in client.cluster.kubectl("-n", SPACE, "get", "deploy", "-o", "name")
+
+
 # --- nodes
 
 
@@ -358,6 +559,36 @@ def test_a_node_without_kubelet_is_lost_while_its_pod_goes_on(own, namespace):
     until(lambda: beat(own, namespace) > last, 10)
     own.start_kubelet("node2")
     until(lambda: ready(own) == dict.fromkeys(NAMES, GPUS), 60, own.said)
+
+
+def test_a_node_that_was_given_up_saves_nothing_more(own, client):
+    """Its kubelet alone is dead: its pod trains on, while another has begun in its place."""
+    steps = "--training.steps 260 --checkpoint.interval 20 --training.local_batch_size 8"
+    given = {"DATA": "/runs/3x/data", "ARGS": steps}
+    client.must("pretrain", RUN="given-up", **given)
+    client.steps("given-up", 20)
+    pod = client.pods("given-up")[0]
+    node, uid = pod["spec"]["nodeName"], pod["metadata"]["uid"]
+    own.stop_kubelet(node)
+    try:
+        until(lambda: node not in ready(own), 40, own.said)
+        taint = f"{node} node.kubernetes.io/out-of-service=nodeshutdown:NoExecute"
+        own.kubectl("taint", "node", *taint.split())
+        until(lambda: client.read("given-up", "attempts/2.json"), 120)
+        first = client.scripts("given-up")
+        assert len(first) >= 1
+        until(lambda: len(client.scripts("given-up")) == 1, 60)
+        assert "done" in client.ended("given-up", "pretrain"), client.must("logs", RUN="given-up")
+        assert client.pods("given-up")[0]["metadata"]["uid"] != uid
+        assert not client.read("given-up", "attempts/3.json")
+    finally:
+        own.kubectl("taint", "node", node, "node.kubernetes.io/out-of-service-", input="")
+        own.start_kubelet(node)
+        until(lambda: ready(own) == dict.fromkeys(NAMES, GPUS), 60, own.said)
+    client.must("pretrain", RUN="not-given-up", **given)
+    assert "done" in client.ended("not-given-up", "pretrain")
+    losses = [client.read(r, "stage.json")["summary"]["loss"] for r in ("given-up", "not-given-up")]
+    assert losses[0] == losses[1]
 
 
 def beat(cluster, namespace):

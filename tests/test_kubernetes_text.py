@@ -11,8 +11,9 @@ import yaml
 
 from scripts import volume
 from scripts.clusters.kubectl import Kubectl, in_words
-from scripts.clusters.kubernetes import VOLUME, Kubernetes
+from scripts.clusters.kubernetes import Kubernetes
 from scripts.clusters.kubernetes_pods import Pods
+from scripts.clusters.kubernetes_text import VOLUME, kustomization
 from scripts.run import attempts, stages
 from scripts.run.errors import InputError
 from scripts.run.layout import Run
@@ -42,10 +43,10 @@ def render(stage, checkout, monkeypatch, **shape):
     """Return {kind: object} of what kubectl makes of a stage's submission."""
     if not shutil.which("kubectl"):
         lacking("kubectl: not on PATH")
-    monkeypatch.setattr("scripts.clusters.kubernetes.ROOT", checkout)
+    monkeypatch.setattr("scripts.clusters.kubernetes_text.ROOT", checkout)
     made = submission(stage, checkout, **shape)
     made.write("")
-    text = Kubernetes({})._kustomization(made)
+    text = kustomization(made)
     (made.directory / "kustomization.yaml").write_text(text)
     return kustomize(made.directory)
 
@@ -78,7 +79,7 @@ def test_a_stage_is_one_job_with_what_the_run_says(stage, checkout, monkeypatch)
     labels = job["spec"]["template"]["metadata"]["labels"]
     assert (labels["torch-relay/run"], labels["torch-relay/stage"]) == ("1e3", stage)
     assert node["command"] + node["args"] == [
-        *("python3", "-m", f"scripts.{stage}"),
+        *("python3", "-m", f"scripts.{row.module}"),
         f"{VOLUME}/1e3/{stage}",
     ]
     told = {entry["name"]: entry.get("value") for entry in node["env"]}
@@ -158,10 +159,15 @@ def test_what_the_namespace_shares(checkout):
     shown = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     kinds = sorted((i["kind"], i["metadata"]["name"]) for i in yaml.safe_load_all(shown))
     assert kinds == [
+        ("NetworkPolicy", "relay-conductor"),
         ("NetworkPolicy", "relay-default"),
         ("NetworkPolicy", "relay-ranks"),
+        ("NetworkPolicy", "relay-serve"),
         ("PersistentVolumeClaim", "relay-runs"),
+        ("Role", "relay-conductor"),
+        ("RoleBinding", "relay-conductor"),
         ("Service", "relay"),
+        ("ServiceAccount", "relay-conductor"),
     ]
 
 
@@ -256,10 +262,9 @@ def test_a_key_of_a_map_is_a_name_again():
 @pytest.mark.parametrize(
     ("verb", "options", "words"),
     [
-        ("deploy", {"FORCE": "1", "FROM": f"{VOLUME}/m"}, ["not yet", "local and slurm have it"]),
+        ("deploy", {"FROM": f"{VOLUME}/m", "RUN": "3x"}, ["SERVICE=3x", "a-z first"]),
+        ("deploy", {"FROM": f"{VOLUME}/m", "SERVICE": "relay"}, ["not relay", "SERVICE=chat"]),
         ("data", {"DATA": "/data/chats.jsonl"}, [f"pods see {VOLUME} alone"]),
-        ("pretrain", {}, ["one stage a command", "first make data CLUSTER=k8s RUN=x"]),
-        ("finetune", {"NODES": "2", "FROM": f"{VOLUME}/m"}, ["NODES=2", "one node for now"]),
         ("data", {"RUNTIME": "docker"}, ["RUNTIME", "kubernetes/site"]),
         ("data", {"NODES": "four"}, ["NODES=four", "whole number"]),
     ],
@@ -321,7 +326,7 @@ def test_what_a_pod_waits_for():
 def seen(tmp_path, monkeypatch):
     """A cluster whose desk reads `told`, and a run here."""
     cluster = Kubernetes({"CLUSTER": "k8s", "PATH": os.environ["PATH"]})
-    monkeypatch.setattr(cluster, "_concerns", lambda run: True)
+    monkeypatch.setattr(cluster.copy, "concerns", lambda run: True)
     monkeypatch.setattr(Kubectl, "volume", lambda self, *words: json.dumps(cluster.told))
     return cluster, Run(tmp_path / "runs", "x")
 

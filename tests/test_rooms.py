@@ -26,8 +26,11 @@ ROOMS = {  # what each may import, beside itself
     "stage script": {"corpus", "tools", "job", "run"},
     "components": {"tools"},
     "volume": {"run"},
+    "conductor": {"run"},
+    "rollout": {"conductor", "job", "run"},
+    "serve": {"tools", "job", "run"},
 }
-LAUNCHER_SIDE = ("run", "clusters", "launcher", "launch", "volume")
+LAUNCHER_SIDE = ("run", "clusters", "launcher", "launch", "volume", "conductor")
 UPSTREAM = {"torchtitan", "torchtune", "lm_eval", "vllm"}
 
 

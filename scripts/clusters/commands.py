@@ -9,10 +9,11 @@ from scripts.run.layout import ROOT
 
 
 def ask(
-    *words: str, environment: Mapping[str, str], timeout: float = 30
+    *words: str, environment: Mapping[str, str], timeout: float = 30, given: str = ""
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command in the repository and return its end. Never raises: what went wrong is in its
-    stderr, with return code 127 if the program is missing and 124 after `timeout` seconds."""
+    """Run a command in the repository, with `given` as its input; return its end. Never raises:
+    what went wrong is in its stderr, with return code 127 if the program is missing and 124 after
+    `timeout` seconds."""
     try:
         return subprocess.run(
             words,
@@ -21,6 +22,7 @@ def ask(
             capture_output=True,
             text=True,
             timeout=timeout,
+            input=given,
         )
     except FileNotFoundError:
         said = f"{words[0]}: not on PATH; is this a login node of the cluster?"

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Optional
 
 from scripts.run import attempts
-from scripts.run.files import read_json
-from scripts.run.layout import Run
+from scripts.run.errors import InputError
+from scripts.run.files import read_env, read_json
+from scripts.run.layout import Run, from_fact
 from scripts.run.submission import Submission
 
 
@@ -51,6 +52,7 @@ class Cluster(ABC):
     name: ClassVar[str]  # CLUSTER=
     listens: ClassVar[str]  # the address where a service listens unless BIND says otherwise
     sees_runs: ClassVar[bool] = True  # False: the run directories are not on this machine
+    names_services: ClassVar[bool] = False  # True: a service has a name that outlives its run
 
     def __init__(self, environment: Mapping[str, str]):
         self.environment = dict(environment)
@@ -109,6 +111,20 @@ class Cluster(ABC):
         if not server or not attempts.running(directory):
             return ""
         return f"http://{server['host']}:{server['port']}"
+
+    def address(self, directory: Path) -> str:
+        """Return the URL of a stage's service to show, "" where none runs. Opens nothing."""
+        return self.reach(directory)
+
+    def key(self, directory: Path) -> str:
+        """Return the key that a stage's service asks for. Raises InputError, or OSError."""
+        given = read_env(directory / "stage.env").get("API_KEY_FILE")
+        file = from_fact(given, directory.parent.parent) if given else directory / "api-key"
+        return file.read_text(encoding="utf-8").strip()
+
+    def earlier(self, service: str) -> str:
+        """Return the run that a service had before the one that it has now. Raises InputError."""
+        raise InputError(f"SERVICE={service}: CLUSTER={self.name} has no services with a name")
 
     def service_state(self, directory: Path) -> str:
         """Say a service's state: "" where none runs, "loading", "serving", or "silent" if it was

@@ -119,6 +119,17 @@ class Kubectl:
                 mend = "kubectl get storageclass; kubernetes/site/once/volume.yaml"
                 raise InputError(f"volume {CLAIM} {said}; {mend}")
 
+    def sharing_problems(self, nodes: int) -> list[str]:
+        """Say that the runs' volume cannot be written by several nodes, if so."""
+        claim = self.get("persistentvolumeclaim", CLAIM)
+        modes = claim["spec"]["accessModes"] if claim else ["ReadWriteMany"]
+        if "ReadWriteMany" in modes:
+            return []
+        mend = (
+            "a storage class of shared files, and ReadWriteMany: kubernetes/site/once/volume.yaml"
+        )
+        return [f"NODES={nodes}: volume {CLAIM} is {', '.join(modes)}, for one node alone; {mend}"]
+
     def get(self, kind: str, name: str) -> Optional[dict[str, Any]]:
         """Return an object, None if there is none. Raises InputError where it cannot be asked."""
         done = self.call("get", kind, name, "-o", "json", "--ignore-not-found")
@@ -133,9 +144,13 @@ class Kubectl:
             raise InputError(f"kubectl {words[0]}: {in_words(done.stderr)}")
         return str(done.stdout)
 
-    def call(self, *words: str, timeout: float = 30) -> Any:
-        """Call kubectl; return how it ended."""
+    def call(self, *words: str, timeout: float = 30, given: str = "") -> Any:
+        """Call kubectl, with `given` as its input; return how it ended."""
+        return ask(*self.words(*words), environment=self.environment, timeout=timeout, given=given)
+
+    def words(self, *words: str) -> list[str]:
+        """Return the whole command line of a call."""
         options = ["--namespace", self.namespace, "--request-timeout=20s"]
-        if words[0] in ("delete", "exec", "create"):
+        if words[0] in ("delete", "exec", "create", "port-forward"):
             options.pop()  # these wait, or stream
-        return ask("kubectl", *options, *words, environment=self.environment, timeout=timeout)
+        return ["kubectl", *([] if words[0] == "kustomize" else options), *words]

@@ -28,11 +28,9 @@ class Server:
         if not url:
             wait = f"make {serving} RUN={run.name}, or wait: make status RUN={run.name}"
             raise InputError(f"run {run.name} is not served; {wait} shows it loading")
-        key = read_env(directory / "stage.env").get("API_KEY_FILE")
-        file = from_fact(key, run.root) if key else directory / "api-key"
         self.url = f"{url}/v1/chat/completions"
         self.name = run.name
-        self.key = file.read_text(encoding="utf-8").strip()
+        self.key = cluster.key(directory)
 
 
 def ask(server: Server, messages: list[dict[str, str]], max_tokens: int = 128) -> tuple[int, str]:

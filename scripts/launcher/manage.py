@@ -12,6 +12,7 @@ from scripts.launcher.plan import jobs_of
 from scripts.run import attempts, stages
 from scripts.run.errors import DONE, InputError
 from scripts.run.layout import Run, relative
+from scripts.run.submission import Submission
 
 
 def status(options: Options) -> int:
@@ -50,6 +51,16 @@ def stop(options: Options) -> int:
     if waiting:
         print("the same make pipeline goes on, and submits the others again")
     return DONE
+
+
+def rollback(options: Options) -> int:
+    """Serve again what a service had before: the run's own frozen submission, checked as ever.
+    Returns an exit code. Raises InputError."""
+    run = Run(options.run.root, options.here.earlier(options.service or options.run.name))
+    jobs_of(run, options.clusters)
+    submission = Submission.read(run.stage(stages.maker("service").name))
+    print(f"back to run {run.name}", flush=True)
+    return options.here.submit(submission).code
 
 
 def clean(options: Options) -> int:

@@ -40,6 +40,7 @@ class Options:
     bind: str = ""
     port: str = "8000"
     api_key_file: str = ""
+    service: str = ""
     prompt: str = ""
     force: bool = False
     dry_run: bool = False
@@ -92,6 +93,8 @@ def read(verb: str, env: Mapping[str, str]) -> Options:
     if given.text("ARGS") and verb == PIPELINE:
         each = " ".join(f"{r.name.upper()}_ARGS" for r in stages.TABLE if r.has_config)
         found.append(f"ARGS: which stage of the pipeline? Use {each} instead")
+    if given.text("SERVICE") and not CLUSTERS.get(cluster, Cluster).names_services:
+        found.append(f"SERVICE: CLUSTER={cluster} serves a run under no other name; leave it out")
     columns = given.columns()
     found += given.problems
     if found:
@@ -112,6 +115,7 @@ def read(verb: str, env: Mapping[str, str]) -> Options:
         bind=given.text("BIND", CLUSTERS[cluster].listens),
         port=given.text("PORT", "8000"),
         api_key_file=given.path("API_KEY_FILE"),
+        service=given.text("SERVICE"),
         prompt=given.text("PROMPT"),
         force=given.switch("FORCE"),
         dry_run=given.switch("DRY_RUN"),

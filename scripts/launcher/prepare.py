@@ -59,8 +59,10 @@ def prepare(
             facts[gate.before_fact(name)] = as_fact(earlier, options.run.root)
     if row.serves:
         facts.update(BIND=options.bind, PORT=options.port)
+        if options.here.names_services:
+            facts["SERVICE"] = options.service or options.run.name
         found += _service_problems(options, facts)
-        found += _gate_problems(options, model, pending)
+        found += _gate_problems(options, model, pending) if seen else []
     if row.ranks:
         found += _disk_problems(submission, model) if seen else []
         facts.update(NODES=str(options.nodes), GPUS=str(options.gpus))

@@ -31,7 +31,7 @@ def result(directory: Path, cluster: Cluster) -> str:
     """Say in a few words what a stage has made, or how far it is."""
     makes = row(directory.name).makes
     if makes == "service":
-        url = cluster.reach(directory)
+        url = cluster.address(directory)
         return f"{url}/v1" if url else ""
     summary = (finished(directory) or {}).get("summary", {})
     if not summary:
@@ -113,8 +113,8 @@ def _line(
 ) -> tuple[str, str, str, str, str]:
     cluster = clusters[job.cluster if job else "local"]
     state = attempts.status(directory)
-    if row(directory.name).serves and state == "running":
-        state = cluster.service_state(directory)
+    if row(directory.name).serves:
+        state = cluster.service_state(directory) or state
     queue_says = bool(job and state != "done" and job.word not in ("", "running"))
     if job and queue_says:
         state = job.word

@@ -9,8 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from scripts.run import files
+from scripts.run.errors import InputError
 from scripts.run.layout import Run, relative, run_of
 from scripts.run.stages import StageRow, row
+
+SERVED = "serve.yaml"  # the objects of a service, in the directory of its stage
 
 
 def as_key(name: str) -> str:
@@ -32,6 +35,19 @@ class Submission:
     gpus: int = 1  # ranks on each node
     files: dict[str, str] = field(default_factory=dict)  # text by name in the directory
     origins: dict[str, Path] = field(default_factory=dict)  # of the files that are copies
+
+    @classmethod
+    def read(cls, directory: Path) -> Submission:
+        """Read what a stage was submitted with. Raises InputError if nothing lies there."""
+        made = cls(directory)
+        own = [p for p in directory.glob("*") if p.suffix in (".env", ".json", ".yaml")]
+        names = ("stage.env", "args.json", "floors.json")
+        for path in own:
+            if path.name in names or path.name.startswith("config."):
+                made.files[path.name] = path.read_text(encoding="utf-8")
+        if "stage.env" not in made.files:
+            raise InputError(f"{directory}: holds no submission")
+        return made
 
     @property
     def row(self) -> StageRow:

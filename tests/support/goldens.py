@@ -23,7 +23,10 @@ CASES = {
         "pipeline",
         {"RUN": "demo", "CLUSTER": "slurm", "NODES": "2", "GPUS": "8"},
     ),
-    "kubernetes-data.txt": ("data", {"RUN": "demo", "CLUSTER": "k8s"}),
+    "kubernetes-pipeline.txt": (
+        "pipeline",
+        {"RUN": "demo", "CLUSTER": "k8s", "NODES": "2", "GPUS": "8"},
+    ),
     "slurm-nccl-check.txt": (
         "nccl-check",
         {"RUN": "fabric", "CLUSTER": "slurm", "NODES": "2", "GPUS": "8"},
