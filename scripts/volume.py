@@ -3,20 +3,28 @@
     python3 -m scripts.volume receive FOLDER DIRECTORY JOB   submission → the stage's directory
     python3 -m scripts.volume read RUN                       small files of a run → JSON on stdout
     python3 -m scripts.volume remove DIRECTORY               a run, or one stage of it
+    python3 -m scripts.volume have PATH                      {file: bytes} of PATH that came so far
+    python3 -m scripts.volume append PATH NAME AT SHA256     stdin → PATH/NAME (PATH, if it is ""),
+                                                             from byte AT
+    python3 -m scripts.volume keep PATH SHA256               all has come: it is PATH from now on
 
 Standard library alone.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Optional
 
 from scripts.run import attempts
+from scripts.run.digests import Digests
 from scripts.run.errors import DONE, WRONG_INPUT, InputError
-from scripts.run.layout import finished
+from scripts.run.layout import Run, finished
 from scripts.run.submission import Submission, from_key
 
 SMALL = 1 << 20  # bytes of a file that is read; of a longer log its end, of others nothing
@@ -94,6 +102,51 @@ def remove(directory: Path) -> None:
         shutil.rmtree(directory)
 
 
+def _coming(path: Path) -> Path:
+    return path.with_name(f".{path.name}.coming")
+
+
+def have(path: Path) -> Optional[dict[str, int]]:
+    """Return the bytes of each file of a path that have come so far, by name ("" for one that is a
+    file itself); None if it is there whole."""
+    if path.exists():
+        return None
+    coming = _coming(path)
+    if coming.is_file():
+        return {"": coming.stat().st_size}
+    files = [p for p in coming.rglob("*") if p.is_file()]
+    return {p.relative_to(coming).as_posix(): p.stat().st_size for p in files}
+
+
+def append(path: Path, name: str, at: int, digest: str, chunk: bytes) -> None:
+    """Write a chunk of a file that comes, from byte `at`. Raises InputError if it came damaged, or
+    leaves a gap."""
+    if hashlib.sha256(chunk).hexdigest() != digest:
+        raise InputError(f"{path}: {len(chunk)} bytes came damaged; the same again")
+    coming = _coming(path)
+    file = coming / name if name else coming
+    if name and coming not in file.resolve().parents:
+        raise InputError(f"{name}: leads out of {path}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(os.open(file, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as opened:
+        if opened.seek(0, os.SEEK_END) < at:
+            raise InputError(f"{path}: byte {at} of {name or path.name} comes too early")
+        opened.seek(at)
+        opened.write(chunk)
+        opened.truncate()
+        os.fsync(opened.fileno())
+
+
+def keep(path: Path, digest: str) -> None:
+    """Give what has come its name. Raises InputError if it is not what was sent."""
+    coming = _coming(path)
+    there = Digests(Run(path.parent, ""), remember=False).of_tree(coming).partition(":")[2]
+    if there != digest:
+        shutil.rmtree(coming) if coming.is_dir() else coming.unlink()
+        raise InputError(f"{path}: is not what was sent: {there}, not {digest}; the same again")
+    os.replace(coming, path)
+
+
 def main(words: list[str]) -> int:
     """Run one verb; return an exit code, with what is wrong on stderr."""
     try:
@@ -103,6 +156,12 @@ def main(words: list[str]) -> int:
             json.dump(read(Path(words[1])), sys.stdout)
         elif words[:1] == ["remove"] and len(words) == 2:
             remove(Path(words[1]))
+        elif words[:1] == ["have"] and len(words) == 2:
+            json.dump(have(Path(words[1])), sys.stdout)
+        elif words[:1] == ["append"] and len(words) == 5:
+            append(Path(words[1]), words[2], int(words[3]), words[4], sys.stdin.buffer.read())
+        elif words[:1] == ["keep"] and len(words) == 3:
+            keep(Path(words[1]), words[2])
         else:
             raise InputError(str(__doc__))
     except InputError as error:

@@ -22,6 +22,7 @@ from tests.support.kube_lab import CODE, KUBE, KubeLab, missing, repository
 from tests.support.lanes import lacking
 from tests.support.launching import assert_refused, launch
 from tests.support.runs import ROOT
+from tests.support.sets import chats, write_rows
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.slow  # on one worker (lanes.LANES): one cluster, which tests break
@@ -400,6 +401,15 @@ def test_lost_pods_cost_no_other_pod(client, unbroken):
     lost = [a["highest_before"] - step for a, step in zip(tried[1:], resumed)]
     assert all(steps <= 20 for steps in lost[:2]), f"more than an interval, and a save: {lost}"
     assert all(steps <= 0 for steps in lost[2:]), f"a save was asked for: {lost}"
+
+
+def test_chats_of_this_machine(client, tmp_path):
+    write_rows(tmp_path / "my chats.jsonl", chats(300))
+    given = {"RUN": "mine", "DATA": str(tmp_path / "my chats.jsonl")}
+    assert "are there" in client.must("data", **given)
+    assert "done" in client.ended("mine", "data")
+    assert "300" in client.line("mine", "data")
+    assert "done already" in client.must("data", **given), "the same digest, the same settings"
 
 
 def test_wrong_input_ends_the_job_at_once(client):

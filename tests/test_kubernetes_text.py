@@ -1,15 +1,19 @@
 """kubernetes/ as kubectl renders it, without a cluster: what is submitted for each stage, that
 every pod keeps the "restricted" standard, what components change, and mistakes."""
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
 from scripts import volume
+from scripts.clusters import kubernetes_bring
 from scripts.clusters.kubectl import Kubectl, in_words
 from scripts.clusters.kubernetes import Kubernetes
 from scripts.clusters.kubernetes_pods import Pods
@@ -264,7 +268,7 @@ def test_a_key_of_a_map_is_a_name_again():
     [
         ("deploy", {"FROM": f"{VOLUME}/m", "RUN": "3x"}, ["SERVICE=3x", "a-z first"]),
         ("deploy", {"FROM": f"{VOLUME}/m", "SERVICE": "relay"}, ["not relay", "SERVICE=chat"]),
-        ("data", {"DATA": "/data/chats.jsonl"}, [f"pods see {VOLUME} alone"]),
+        ("data", {"DATA": "/data/chats.jsonl"}, ["neither here nor below", VOLUME]),
         ("data", {"RUNTIME": "docker"}, ["RUNTIME", "kubernetes/site"]),
         ("data", {"NODES": "four"}, ["NODES=four", "whole number"]),
     ],
@@ -361,3 +365,77 @@ def test_the_volume_names_no_file_outside_the_run(seen):
     with pytest.raises(InputError, match="the volume names"):
         cluster.fetch(run)
     assert not (run.root.parent / "evil").exists()
+
+
+# --- what is brought
+
+
+class Desk:
+    """Runs the verbs of scripts/volume.py here, as a kubectl would in the desk."""
+
+    def __init__(self, cut_after=99):
+        self.calls, self.cut_after = [], cut_after
+
+    def volume(self, *words, given=b""):
+        self.calls.append(words[0])
+        if len(self.calls) > self.cut_after:
+            raise InputError("the line was cut")
+        run = [sys.executable, "-m", "scripts.volume", *words]
+        done = subprocess.run(run, input=given, capture_output=True, cwd=ROOT)
+        if done.returncode:
+            raise InputError(done.stderr.decode())
+        return done.stdout.decode()
+
+
+@pytest.fixture
+def small_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(kubernetes_bring, "VOLUME", str(tmp_path / "volume"))
+    monkeypatch.setattr(kubernetes_bring, "CHUNK", 100)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_is_brought_arrives_whole_and_goes_on(kind, tmp_path, small_chunks):
+    source = tmp_path / "my chats.jsonl"
+    if kind == "file":
+        source.write_bytes(os.urandom(950))
+    else:
+        (source / "deep").mkdir(parents=True)
+        for name, size in (("a", 250), ("deep/b", 120), ("empty", 0)):
+            (source / name).write_bytes(os.urandom(size))
+    run = Run(tmp_path / "runs", "x")
+    cut = kubernetes_bring.Bringer(Desk(cut_after=3))
+    fact = cut.place(source, run)
+    with pytest.raises(InputError, match="cut"):
+        cut.bring({"DATA": fact})
+    assert not Path(fact).exists(), "half of it must not have its name"
+    desk = Desk()
+    again = kubernetes_bring.Bringer(desk)
+    assert again.place(source, run) == fact
+    again.bring({"DATA": fact})
+    names = [p.relative_to(source) for p in source.rglob("*") if p.is_file()] or [Path()]
+    assert all((fact / name).read_bytes() == (source / name).read_bytes() for name in names)
+    assert desk.calls.count("append") < 10, "what was there is not sent again"
+    desk.calls.clear()
+    again.bring({"DATA": fact, "MODEL": "debug"})
+    assert desk.calls == ["have"], "once for all runs"
+
+
+def test_what_comes_damaged_is_refused(tmp_path):
+    there = tmp_path / "x"
+    with pytest.raises(InputError, match="came damaged"):
+        volume.append(there, "", 0, "0" * 64, b"abc")
+    with pytest.raises(InputError, match="comes too early"):
+        volume.append(there, "", 5, hashlib.sha256(b"abc").hexdigest(), b"abc")
+    with pytest.raises(InputError, match="leads out"):
+        volume.append(there, "../../evil", 0, hashlib.sha256(b"abc").hexdigest(), b"abc")
+    volume.append(there, "", 0, hashlib.sha256(b"abc").hexdigest(), b"abc")
+    with pytest.raises(InputError, match="is not what was sent"):
+        volume.keep(there, "0" * 64)
+    assert volume.have(there) == {}, "it begins anew"
+
+
+def test_too_much_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(kubernetes_bring, "MOST", 10)
+    (tmp_path / "a").write_text("more than ten")
+    with pytest.raises(InputError, match="Copy it to the volume yourself"):
+        kubernetes_bring.Bringer(Desk()).place(tmp_path / "a", Run(tmp_path, "x"))

@@ -91,6 +91,11 @@ class Cluster(ABC):
         has gone. What does not leave in a stated time is killed; progress of that is printed.
         Raises InputError where it cannot be reached."""
 
+    def place(self, fact: str, run: Run) -> str:
+        """Return a path, as a fact names it, as stages will find it; submit() brings it there.
+        Raises InputError if it cannot. Where stages see this machine's files: as it is."""
+        return fact
+
     def fetch(self, run: Run) -> None:  # noqa: B027  most clusters have nothing to do
         """Bring the run's small files to where the launcher reads them. Nothing to do where the
         launcher sees the run directory itself."""

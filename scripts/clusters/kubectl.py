@@ -64,14 +64,15 @@ class Kubectl:
             raise InputError(f"{SITE}: names no namespace; add the line namespace: torch-relay")
         return found[1]
 
-    def volume(self, *words: str) -> str:
-        """Run a verb of scripts/volume.py in the desk; return what it prints. Raises InputError."""
-        done = self.desk("python3", "-m", "scripts.volume", *words)
+    def volume(self, *words: str, given: bytes = b"") -> str:
+        """Run a verb of scripts/volume.py in the desk, with `given` as its input; return what it
+        prints. Raises InputError."""
+        done = self.desk("python3", "-m", "scripts.volume", *words, given=given)
         if done.returncode:
             raise InputError(f"the desk: {in_words(done.stderr)}")
         return str(done.stdout)
 
-    def desk(self, *command: str) -> Any:
+    def desk(self, *command: str, given: bytes = b"") -> Any:
         """Run a command beside the volume; return how it ended. Makes the desk where there is none:
         seconds, or as long as an image is pulled. Raises InputError if it does not start."""
         told, deadline = "", time.monotonic() + DESK_GRACE
@@ -90,7 +91,8 @@ class Kubectl:
                 self.must("delete", "pod", DESK, "--wait=false", "--ignore-not-found")
                 raise InputError(f"the desk (pod {DESK}) does not start: {told}")
             time.sleep(0.3)
-        return self.call("exec", DESK, "--", *command, timeout=WAIT)
+        words = ["exec", *(["-i"] if given else []), DESK, "--", *command]
+        return self.call(*words, timeout=WAIT, given=given)
 
     def _desk_or_none(self) -> Optional[dict[str, Any]]:
         """Return the desk's pod. One that has ended, or is leaving, is none once it has gone."""
@@ -144,7 +146,7 @@ class Kubectl:
             raise InputError(f"kubectl {words[0]}: {in_words(done.stderr)}")
         return str(done.stdout)
 
-    def call(self, *words: str, timeout: float = 30, given: str = "") -> Any:
+    def call(self, *words: str, timeout: float = 30, given: bytes = b"") -> Any:
         """Call kubectl, with `given` as its input; return how it ended."""
         return ask(*self.words(*words), environment=self.environment, timeout=timeout, given=given)
 

@@ -18,6 +18,7 @@ from scripts.clusters import kubernetes_chain as chain
 from scripts.clusters import kubernetes_service as service
 from scripts.clusters.interface import Cluster, Job, Started
 from scripts.clusters.kubectl import Kubectl, in_words
+from scripts.clusters.kubernetes_bring import Bringer
 from scripts.clusters.kubernetes_chain import Chain, ended
 from scripts.clusters.kubernetes_copy import NAME, RunCopy
 from scripts.clusters.kubernetes_pods import Pods
@@ -26,7 +27,7 @@ from scripts.clusters.kubernetes_text import VOLUME, kustomization
 from scripts.run import attempts, stages
 from scripts.run.errors import DONE, FAULT, InputError
 from scripts.run.files import read_env, read_json, write_atomic, write_json
-from scripts.run.layout import Run, finished, relative, run_of
+from scripts.run.layout import Run, finished, from_fact, relative, run_of
 from scripts.run.submission import Submission
 
 MOST_BYTES = 1 << 20  # of a ConfigMap (1 MiB, API server)
@@ -45,6 +46,11 @@ class Kubernetes(Cluster):
     def kubectl(self) -> Kubectl:
         """Call kubectl in the site's namespace."""
         return Kubectl(self.environment)
+
+    @functools.cached_property
+    def bringer(self) -> Bringer:
+        """Bring files of this machine to the volume."""
+        return Bringer(self.kubectl)
 
     @functools.cached_property
     def services(self) -> Services:
@@ -67,10 +73,10 @@ class Kubernetes(Cluster):
         row, found = submission.row, []
         if row.serves:
             found += service.problems(submission)
-        for fact in ("DATA", "FROM"):
+        for fact in ("DATA", "VALIDATION", "FROM"):
             path = submission.facts.get(fact, "")
             if path.startswith("/") and not path.startswith(f"{VOLUME}/"):
-                found.append(f"{fact}={path}: pods see {VOLUME} alone; put it on that volume")
+                found.append(f"{fact}={path}: neither here nor below {VOLUME}, which pods see")
         size = sum(len(text.encode()) for text in submission.files.values())
         if size > MOST_BYTES:
             found.append(f"{row.name}: the submission has {size:,} bytes, {MOST_BYTES:,} may be")
@@ -104,10 +110,17 @@ class Kubernetes(Cluster):
 
     # --- submission ---
 
+    def place(self, fact: str, run: Run) -> str:
+        """Return where pods will find a path of this machine; one on the volume is there."""
+        path = from_fact(fact, run.root)
+        there = fact.startswith(("runs/", f"{VOLUME}/", "hf://")) or not path.exists()
+        return fact if there else self.bringer.place(path, run)
+
     def render(self, submission: Submission, after: str = "") -> str:
         """Format the kustomization that is written beside the stage's files, and the command."""
         file = shlex.quote(relative(submission.directory / "kustomization.yaml"))
-        written = f"cat > {file} << 'EOF'\n{kustomization(submission)}EOF"
+        written = self.bringer.lines(submission.facts)
+        written += f"cat > {file} << 'EOF'\n{kustomization(submission)}EOF"
         if submission.row.serves:
             written += f"\n{service.lines(submission, self.kubectl.namespace)}"
         return f"{written}\n{chain.lines(submission, after) if after else self._line(submission)}"
@@ -125,6 +138,7 @@ class Kubernetes(Cluster):
         if old:
             self.kubectl.must("delete", "job", job, "--cascade=foreground", "--wait=true")
         self.copy.mark(submission.run)
+        self.bringer.bring(submission.facts)
         submission.write(self._line(submission))
         write_atomic(directory / "kustomization.yaml", kustomization(submission))
         if submission.row.serves:

@@ -125,7 +125,7 @@ class Services:
             file = from_fact(facts["API_KEY_FILE"], submission.run.root)
             key = file.read_text(encoding="utf-8").strip()
         words = ("create", "secret", "generic", name, "--from-file=key=/dev/stdin")
-        done = self.kubectl.call(*words, given=key)  # not as a word: others see those
+        done = self.kubectl.call(*words, given=key.encode())  # not as a word: others see those
         if done.returncode and "already exists" not in done.stderr:
             raise InputError(f"secret {name}: {in_words(done.stderr)}")
 

@@ -16,6 +16,7 @@ from scripts.run.layout import as_fact, finished, from_fact, relative
 from scripts.run.stages import StageRow
 from scripts.run.submission import Submission
 
+PLACED = {"DATA", "VALIDATION", "FROM"}  # facts that name what the user has, perhaps here alone
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -31,12 +32,13 @@ def prepare(
     found: list[str] = []
     facts = {} if row.alone else {"MODEL": options.model, **_data_fact(options, row)}
     seen = options.here.sees_runs
-    if "corpus" in row.reads and seen:
+    if "corpus" in row.reads and (seen or Path(options.data).exists()):
         found += sources.problems(options)
     model = _model_read(options, row, pending)
     if model:
         facts["FROM"] = as_fact(model, options.run.root)
-        if seen and not any(model.parent == options.run.stage(name) for name in pending):
+        known = seen or (model.exists() and not facts["FROM"].startswith("runs/"))
+        if known and not any(model.parent == options.run.stage(name) for name in pending):
             found += modeldir.problems(model)
     elif row.from_scratch:
         found += _add_architecture(submission, options.model)
@@ -68,6 +70,8 @@ def prepare(
         facts.update(NODES=str(options.nodes), GPUS=str(options.gpus))
     elif submission.nodes > 1:
         facts["NODES"] = str(submission.nodes)
+    for name in PLACED & facts.keys():
+        facts[name] = options.here.place(facts[name], options.run)
     submission.files["stage.env"] = format_env(facts)
     submission.files["args.json"] = dump_json(options.args.get(row.name, []))
     return submission, found
