@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -21,13 +22,12 @@ from scripts.clusters.kubernetes_text import VOLUME, kustomization
 from scripts.run import attempts, stages
 from scripts.run.errors import InputError
 from scripts.run.layout import Run
-from scripts.run.submission import Submission, as_key, from_key
+from scripts.run.submission import SERVED, Submission, as_key, from_key
 from tests.support.goldens import dry_run
 from tests.support.lanes import lacking
 from tests.support.launching import assert_refused, launch
 from tests.support.runs import ROOT, STAGES, read_json
 
-HERE = [name for name in STAGES if name != "deploy"]
 GPU = "nvidia.com/gpu"
 
 
@@ -50,6 +50,7 @@ def render(stage, checkout, monkeypatch, **shape):
     monkeypatch.setattr("scripts.clusters.kubernetes_text.ROOT", checkout)
     made = submission(stage, checkout, **shape)
     made.write("")
+    (made.directory / SERVED).write_text("")
     text = kustomization(made)
     (made.directory / "kustomization.yaml").write_text(text)
     return kustomize(made.directory)
@@ -71,7 +72,7 @@ def pods(objects):
             yield item["spec"]["template"]["spec"]
 
 
-@pytest.mark.parametrize("stage", HERE)
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_is_one_job_with_what_the_run_says(stage, checkout, monkeypatch):
     row = stages.row(stage)
     shape = {"nodes": 3, "gpus": 8} if row.ranks else {}
@@ -83,14 +84,14 @@ def test_a_stage_is_one_job_with_what_the_run_says(stage, checkout, monkeypatch)
     labels = job["spec"]["template"]["metadata"]["labels"]
     assert (labels["torch-relay/run"], labels["torch-relay/stage"]) == ("1e3", stage)
     assert node["command"] + node["args"] == [
-        *("python3", "-m", f"scripts.{row.module}"),
+        *("python3", "-m", "scripts.rollout" if row.serves else f"scripts.{row.module}"),
         f"{VOLUME}/1e3/{stage}",
     ]
     told = {entry["name"]: entry.get("value") for entry in node["env"]}
     nodes, gpus = shape.get("nodes", 1), shape.get("gpus", 1)
     assert (job["spec"]["parallelism"], job["spec"]["completions"]) == (nodes, nodes)
     assert (told["PET_NNODES"], told["PET_NPROC_PER_NODE"]) == (str(nodes), str(gpus))
-    assert node["resources"]["limits"].get(GPU) == (None if stage == "data" else gpus)
+    assert node["resources"]["limits"].get(GPU) == (None if stage in ("data", "deploy") else gpus)
     volumes = job["spec"]["template"]["spec"]["volumes"]
     [mounted] = [v["configMap"]["name"] for v in volumes if "configMap" in v]
     assert mounted == made["ConfigMap"]["metadata"]["name"] != f"1e3-{stage}", "named by its digest"
@@ -119,10 +120,14 @@ def test_every_pod_is_restricted(component, checkout, monkeypatch):
             f"# - ../components/{component}\n", f"- ../components/{component}\n"
         )
         site.write_text(text)
-    objects = [render(stage, checkout, monkeypatch) for stage in HERE]
-    objects.append(kustomize(checkout / "kubernetes/desk"))
+    objects = [render(stage, checkout, monkeypatch) for stage in STAGES]
+    site = checkout / "kubernetes/all/kustomization.yaml"
+    site.parent.mkdir()
+    site.write_text("resources: [../desk, ../conductor, ../serve]\ncomponents: [../site]\n")
+    objects.append(kustomize(site.parent))
     for spec in (spec for made in objects for spec in pods(made)):
-        assert spec["automountServiceAccountToken"] is False
+        account = spec.get("serviceAccountName")
+        assert account == "relay-conductor" or spec["automountServiceAccountToken"] is False
         assert spec["enableServiceLinks"] is False
         own = spec["securityContext"]
         assert own["runAsNonRoot"]
@@ -439,3 +444,27 @@ def test_too_much_is_refused(tmp_path, monkeypatch):
     (tmp_path / "a").write_text("more than ten")
     with pytest.raises(InputError, match="Copy it to the volume yourself"):
         kubernetes_bring.Bringer(Desk()).place(tmp_path / "a", Run(tmp_path, "x"))
+
+
+# --- what the API servers of six releases know
+
+
+def test_every_object_is_valid(checkout, monkeypatch):
+    """No field that a release does not know: its API server would drop it, and with it a policy."""
+    objects = [item for stage in STAGES for item in render(stage, checkout, monkeypatch).values()]
+    for name in ("desk", "conductor", "serve", "site/once"):
+        objects += everything(checkout / "kubernetes" / name)
+    assert len(objects) > 25
+    for version in ("1.32", "1.33", "1.34", "1.35", "1.36", "1.37"):
+        for item in objects:
+            kubernetes_validate.validate(item, version, strict=True)
+        with pytest.raises(kubernetes_validate.ValidationError):
+            kubernetes_validate.validate({**item, "spec": {"typo": []}}, version, strict=True)
+
+
+def everything(folder):
+    """List the objects that kubectl makes of a folder."""
+    words = ["kubectl", "kustomize", str(folder)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return list(yaml.safe_load_all(done.stdout))
