@@ -28,6 +28,8 @@ arguments=(
   "REVISION=$(git describe --always --dirty --abbrev=40 2> /dev/null || true)"
   "SOURCE=$(git remote get-url origin 2> /dev/null | sed 's#//[^/@]*@#//#' || true)"
 )
+[ -z "${TORCH_CPU:-}" ] || [ "$accelerator" = cpu ] ||
+  { echo "error: TORCH_CPU=1: with ACCELERATOR=cpu alone" >&2; exit 64; }
 [ -z "${TORCH_CPU:-}" ] || arguments+=("TORCH_CPU=1" "TORCH_INDEX=${TORCH_INDEX:-}")
 words=(build --tag "${TAG:-torch-relay:$accelerator}")
 for argument in "${arguments[@]}"; do words+=(--build-arg "$argument"); done

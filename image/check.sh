@@ -1,15 +1,11 @@
 #!/usr/bin/env bash
 # Says on one page what an image holds, from inside it: make image-check IMAGE=torch-relay:cuda.
-# LINE=0 leaves the five stages with the debug model out.
+# LINE=0 leaves the five stages with the debug model out (three minutes).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-image=${IMAGE:-torch-relay:cuda}
 # shellcheck source=image/engine.sh
 . image/engine.sh
-label() { "$engine" image inspect --format "{{index .Config.Labels \"torch-relay.$1\"}}" "$image"; }
-accelerator=$(label accelerator 2> /dev/null) || accelerator=""
-[[ $accelerator =~ ^(cpu|cuda)$ ]] ||
-  { echo "error: IMAGE=$image: $engine has no image of make image by that name" >&2; exit 64; }
+check_image
 ours=$(sha256sum < "requirements/$accelerator.lock")
 [ "$(label lock)" = "${ours%% *}" ] ||
   echo "warning: $image was built from another $accelerator.lock ($(label lock)) than this" \

@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Finds the container engine: docker or podman, whichever answers; RUNTIME=docker|podman says which.
-# To be sourced, in the repository; sets `engine`. A docker command may be a client whose daemon
+# To be sourced, in the repository; sets `engine`, and `image`: IMAGE, or the one for this machine,
+# as stages take it (scripts/clusters/containers.py). A docker command may be a client whose daemon
 # does not run, so each is asked.
 engine="" said=""
 for name in ${RUNTIME:-docker podman}; do
@@ -18,3 +19,14 @@ if [ -z "$engine" ]; then
     "which with RUNTIME=" >&2
   exit 64
 fi
+image=${IMAGE:-torch-relay:cpu}
+[ -n "${IMAGE:-}" ] || [ ! -e /dev/nvidiactl ] || image=torch-relay:cuda
+label() { "$engine" image inspect --format "{{index .Config.Labels \"torch-relay.$1\"}}" "$image"; }
+check_image() { # sets `accelerator`
+  accelerator=$(label accelerator 2> /dev/null) || accelerator=""
+  [[ $accelerator =~ ^(cpu|cuda)$ ]] || {
+    echo "error: IMAGE=$image: $engine has no image of make image by that name; make image" \
+      "ACCELERATOR=${image##*:}, or IMAGE=" >&2
+    exit 64
+  }
+}

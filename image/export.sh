@@ -4,17 +4,18 @@
 #   make sif        torch-relay.sif for apptainer
 set -euo pipefail
 cd "$(dirname "$0")/.."
-kind=$1 image=${IMAGE:-torch-relay:cuda}
+kind=$1
 out=${OUT:-torch-relay.$kind}
+[ ! -d "$out" ] || out=${out%/}/torch-relay.$kind # a folder that is there
 needs() { command -v "$1" > /dev/null || { echo "error: $1: not on PATH; $2" >&2; exit 64; }; }
 # shellcheck source=image/engine.sh
 . image/engine.sh
-"$engine" image inspect "$image" > /dev/null 2>&1 ||
-  { echo "error: IMAGE=$image: $engine has no such image; make image, or IMAGE=" >&2; exit 64; }
+check_image
 [ -w "$(dirname "$out")" ] ||
   { echo "error: OUT=$out: its folder is not there, or cannot be written" >&2; exit 64; }
 scratch=$(mktemp -d "$out.XXXX") # beside it, so that the last step is a rename
 trap 'rm -rf "$scratch"' EXIT
+trap 'exit 143' HUP INT TERM # by EXIT: a killed export leaves no scratch
 case $kind in
   sqsh)
     needs mksquashfs "install squashfs-tools 4.5 or newer"

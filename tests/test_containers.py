@@ -111,6 +111,7 @@ def test_every_pin_has_a_source_and_a_date():
     [
         ({"ACCELERATOR": "tpu"}, "ACCELERATOR=tpu: cuda or cpu"),
         ({"EFA": "latest"}, "EFA=latest: none, or a version of the installer, as 1."),
+        ({"TORCH_CPU": "1"}, "TORCH_CPU=1: with ACCELERATOR=cpu alone"),
         ({"WHEELS": "/no/such"}, "WHEELS=/no/such: no wheels there"),
         ({"RUNTIME": "dockre"}, "no container engine answers: dockre: not on PATH"),
     ],
@@ -192,7 +193,11 @@ def test_a_runtime_that_is_none_is_refused(runs):
 
 
 @pytest.mark.parametrize(
-    "given", ["/no/such:/x", "{here}", "{here}:x", "data:/data", "{here}:/a,no"]
+    "given",
+    [
+        *("/no/such:/x", "{here}", "{here}:x", "data:/data", "{here}:/a,no", "{here}:/a:rw:zz"),
+        *("{here}:/usr", "{here}:/opt/torch-relay/", "{here}:/"),
+    ],
 )
 def test_a_mount_that_cannot_be_is_named_before_anything_is_written(tmp_path, monkeypatch, given):
     """The engine said it with its own exit code when the run's files were there."""
@@ -203,6 +208,17 @@ def test_a_mount_that_cannot_be_is_named_before_anything_is_written(tmp_path, mo
     [said] = containers.problems(asked)
     assert said.startswith("MOUNTS=")
     assert "give a folder that is here" in said
+
+
+def test_a_path_that_no_engine_mounts(tmp_path, monkeypatch):
+    label = SimpleNamespace(returncode=0, stdout=f"cpu {sha256(ROOT / 'requirements/cpu.lock')}")
+    monkeypatch.setattr(containers.subprocess, "run", lambda *_, **__: label)
+    [said] = containers.problems({"RUNTIME": "podman", "RUNS": "/data/a,b"})
+    assert said.startswith("RUNS=/data/a,b: ")
+
+
+def test_mounts_without_a_runtime(runs):
+    assert_refused(launch("data", MOUNTS="/data:/data", DRY_RUN="1"), "RUNTIME=docker or podman")
 
 
 def test_a_lock_is_read_for_this_machine():

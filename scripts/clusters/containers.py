@@ -17,6 +17,8 @@ from scripts.run.errors import InputError
 from scripts.run.layout import ROOT, relative
 from scripts.run.submission import Submission
 
+# What the image has there, a mount would hide.
+OURS = re.compile(r"/|/(opt|usr|bin|lib|lib64|etc|tmp|proc|sys|dev)|/(opt/torch-relay|usr)(/.*)?")
 ENGINES = ("docker", "podman")
 IMAGE_USER = 2000  # of the Dockerfile
 # Of 64 MB, an engine's own, NCCL and data loaders die with a bus error. A limit, nothing is taken.
@@ -65,16 +67,21 @@ def problems(environment: Mapping[str, str]) -> list[str]:
             file=sys.stderr,
         )
     wrong = (given for given in _more_mounts(environment) if not _can_be_mounted(given))
-    return [f"MOUNTS={given}: give a folder that is here, as /data:/data" for given in wrong]
+    found = [f"MOUNTS={given}: give a folder that is here, as /data:/data" for given in wrong]
+    return found + [
+        f"{what}={path}: an engine's mounts take no , and no quote in a path; move it"
+        for what, path in (("this checkout", ROOT), ("RUNS", environment.get("RUNS", "")))
+        if re.search('[,"]', str(path))
+    ]
 
 
 def _more_mounts(environment: Mapping[str, str]) -> list[str]:
-    return [given for given in environment.get("MOUNTS", "").split(",") if given]
+    return [given for given in environment.get("MOUNTS", "").split(",") if given.strip()]
 
 
 def _can_be_mounted(given: str) -> bool:
-    source, _, target = given.partition(":")
-    return os.path.isabs(source) and os.path.exists(source) and target.startswith("/")
+    found = re.fullmatch(r"(/[^:]*):(/[^:]+?)/*(:r[ow])?", given.strip())
+    return bool(found and os.path.exists(found[1]) and not OURS.fullmatch(found[2]))
 
 
 def command(

@@ -78,6 +78,8 @@ def read(verb: str, env: Mapping[str, str]) -> Options:
     if given.text("RUNTIME") and cluster != "local":
         where = "slurm/site.env (RELAY_RUNTIME)" if cluster == "slurm" else "kubernetes/site"
         found.append(f"RUNTIME: CLUSTER={cluster} says it in {where}")
+    if given.text("MOUNTS") and not given.text("RUNTIME"):
+        found.append("MOUNTS: is for stages in an image; give RUNTIME=docker or podman with it")
     nodes, gpus = given.count("NODES"), given.count("GPUS")
     if nodes > 1 and cluster == "local":
         mend = f"use GPUS={nodes} for that many processes on it"
