@@ -3,6 +3,7 @@ behind."""
 
 import json
 import os
+import resource
 import socket
 import subprocess
 from pathlib import Path
@@ -355,3 +356,22 @@ def test_more_processes_than_gpus(tmp_path, processes, visible, there, words):
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     said = preflight.gpu_problems(processes, environment, tmp_path)
     assert said == [] if not words else said[0].startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("limit", "network", "gpus", "named"),
+    [
+        (64 << 10, "AWS Libfabric", 1, True),
+        (64 << 10, "IB", 1, True),
+        (64 << 10, "Socket", 1, False),
+        (64 << 10, "IB", 0, False),
+        (resource.RLIM_INFINITY, "IB", 1, False),
+    ],
+)
+def test_a_network_that_pins_memory_must_be_let(tmp_path, monkeypatch, limit, network, gpus, named):
+    monkeypatch.setattr(preflight.resource, "getrlimit", lambda _: (limit, limit))
+    for number in range(gpus):
+        (tmp_path / f"nvidia{number}").touch()
+    said = preflight.device_problems(1, {"NCCL_NET": network}, tmp_path)
+    assert bool(said) == named
+    assert all("may pin 64 KiB" in line and "LimitMEMLOCK" in line for line in said)

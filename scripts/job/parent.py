@@ -176,7 +176,7 @@ class Parent(Recorder):
         A single rank is started directly: torchrun takes five seconds to start one process.
         Raises InputError, Stopped or RankFailed.
         """
-        found = preflight.gpu_problems(self.environment.processes, os.environ, Path("/dev"))
+        found = preflight.device_problems(self.environment.processes, os.environ, Path("/dev"))
         if found:
             raise InputError(found)
         command = [sys.executable, "-m", f"scripts.{row(self.name).module}", str(self.directory)]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 import socket
 import time
@@ -16,6 +17,7 @@ from typing import Any, Optional
 from scripts.run.layout import ROOT
 
 GB = 1e9
+LEAST_PINNED = 1 << 30  # bytes; NCCL's buffers of a node with eight GPUs
 
 
 def parameters(config: Mapping[str, Any]) -> int:
@@ -62,6 +64,12 @@ def memory_problems(need: float, what: str, free: Optional[float] = None) -> lis
     return [f"{what} will need at least {sizes}; take a larger machine or a smaller model"]
 
 
+def device_problems(processes: int, environment: Mapping[str, str], devices: Path) -> list[str]:
+    """Tell what a stage with so many processes lacks of the devices of this machine (/dev)."""
+    found = gpu_problems(processes, environment, devices)
+    return found + pinned_memory_problems(environment, devices)
+
+
 def gpu_problems(processes: int, environment: Mapping[str, str], devices: Path) -> list[str]:
     """Tell whether there are fewer GPUs than processes that each take one: those that
     CUDA_VISIBLE_DEVICES names, or all nvidia0, nvidia1, … in `devices` (/dev). None at all: the
@@ -75,6 +83,21 @@ def gpu_problems(processes: int, environment: Mapping[str, str], devices: Path) 
         return []
     mend = f"GPUS={gpus}, or CUDA_VISIBLE_DEVICES= for processes on the CPU"
     return [f"GPUS={processes}: this machine has {gpus} (nvidia-smi -L); {mend}"]
+
+
+def pinned_memory_problems(environment: Mapping[str, str], devices: Path) -> list[str]:
+    """Tell whether EFA or InfiniBand, where NCCL_NET asks for one, may pin too little memory:
+    libfabric then says -12 and names nothing."""
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    wanted = environment.get("NCCL_NET") in ("AWS Libfabric", "IB")
+    enough = limit == resource.RLIM_INFINITY or limit >= LEAST_PINNED
+    if not wanted or enough or not any(devices.glob("nvidia[0-9]*")):
+        return []
+    return [
+        f"{environment['NCCL_NET']}: this process may pin {limit >> 10:,} KiB of memory (ulimit -l)"
+        "; the node's matter: LimitMEMLOCK=infinity for containerd, or for slurmd with"
+        " PropagateResourceLimitsExcept=MEMLOCK in slurm.conf"
+    ]
 
 
 def port_problems(bind: str, port: int, patience: float = 5) -> list[str]:
