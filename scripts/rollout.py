@@ -25,6 +25,7 @@ from scripts.run.stages import maker
 MANAGER = "fieldManager=torch-relay&force=true"  # of server-side apply
 APPLY = "application/apply-patch+yaml"
 POLL_SECONDS = 2.0
+BEFORE = "torch-relay/before"  # an annotation: the run that make rollback goes back to
 RESTARTS = 2  # of a new pod's container, after which it will not come up
 PULL_SECONDS = 180.0
 
@@ -74,7 +75,7 @@ def _earlier(before: Optional[dict[str, Any]], stage: Parent) -> str:
     """Name the run to go back to: the one that serves now, or that one's own earlier one."""
     if before is None or _run(before) != stage.run.name:
         return _run(before)
-    return str(before["metadata"].get("annotations", {}).get("torch-relay/before", ""))
+    return str(before["metadata"].get("annotations", {}).get(BEFORE, ""))
 
 
 def _wait(api: Api, service: str, rollout: str, stage: Parent) -> str:
@@ -129,16 +130,14 @@ def _go_back(api: Api, service: str, before: Optional[dict[str, Any]]) -> None:
     if before is None:
         api.call("DELETE", "Deployment", service)
         return
-    labels = {"torch-relay/run": _run(before)}
-    content = [
-        {"op": "replace", "path": "/spec/template", "value": before["spec"]["template"]},
-        {"op": "replace", "path": "/spec/replicas", "value": before["spec"]["replicas"]},
-        {
-            "op": "replace",
-            "path": "/metadata/labels",
-            "value": before["metadata"]["labels"] | labels,
-        },
-    ]
+    earlier = before["metadata"].get("annotations", {}).get(BEFORE, "")
+    values = {
+        "/spec/template": before["spec"]["template"],
+        "/spec/replicas": before["spec"]["replicas"],
+        "/metadata/labels": before["metadata"]["labels"],
+        f"/metadata/annotations/{BEFORE.replace('/', '~1')}": earlier,
+    }
+    content = [{"op": "add", "path": path, "value": value} for path, value in values.items()]
     patch = "application/json-patch+json"
     api.call("PATCH", "Deployment", service, body=json.dumps(content), content=patch)
 
