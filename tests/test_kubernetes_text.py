@@ -332,6 +332,13 @@ def test_what_a_pod_waits_for():
     ended = {"terminated": {"exitCode": 64, "message": "a\nerror: the volume\n"}}
     assert Pods([pod(initContainerStatuses=[{"state": ended}])]).last_words == "error: the volume"
     assert Pods([pod("Running")]).nodes == ["node1"]
+    lost = pod("Running")
+    lost["metadata"] |= {"name": "x-0", "deletionTimestamp": "2026-11-26T10:00:00Z"}
+    assert Pods([lost]).stuck.endswith(
+        "node1 node.kubernetes.io/out-of-service=nodeshutdown:NoExecute"
+    )
+    lost["metadata"]["deletionTimestamp"] = "2199-01-01T10:00:00Z"
+    assert Pods([lost]).stuck == "", "its grace is not over"
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ from scripts.run.layout import Run, finished, from_fact, relative, run_of
 from scripts.run.submission import Submission
 
 MOST_BYTES = 1 << 20  # of a ConfigMap (1 MiB, API server)
+WAITS = "waits for its pods"
 SAVE_GRACE, CANCEL_GRACE = 600, 60  # seconds
 
 
@@ -234,9 +235,9 @@ class Kubernetes(Cluster):
             return Job(self.name, job, "failed", f"job {job}: {pods.last_words or end}")
         if made["spec"].get("suspend"):
             return Job(self.name, job, "queued", f"job {job} is suspended: a queue admits it")
-        if pods.running:
+        if pods.running and not pods.stuck:
             return Job(self.name, job, "running", f"job {job} on {', '.join(pods.nodes)}")
-        return Job(self.name, job, "queued", f"job {job}: {pods.waiting or 'waits for its pods'}")
+        return Job(self.name, job, "queued", f"job {job}: {pods.stuck or pods.waiting or WAITS}")
 
     def fetch(self, run: Run) -> None:
         """Copy the run's small files from the volume, by the desk."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timezone
 from typing import Any
+
+OUT_OF_SERVICE = "node.kubernetes.io/out-of-service=nodeshutdown:NoExecute"
+STUCK_SECONDS = 15
 
 
 class Pods:
@@ -39,6 +43,18 @@ class Pods:
         return ""
 
     @property
+    def stuck(self) -> str:
+        """Say which pod should have ended and has not, as on a node that is lost, and what frees
+        it: until then it might still write, so no other takes its place. "" if there is none."""
+        for pod in self.pods:
+            end = pod["metadata"].get("deletionTimestamp")  # when its grace is over
+            if end and _seconds_since(end) > STUCK_SECONDS:
+                name, node = pod["metadata"]["name"], pod["spec"].get("nodeName", "?")
+                taint = f"kubectl taint node {node} {OUT_OF_SERVICE}"
+                return f"pod {name} does not end; if node {node} is dead for certain: {taint}"
+        return ""
+
+    @property
     def last_words(self) -> str:
         """Return the last line of what the newest container that failed has written."""
         for pod in reversed(self.pods):
@@ -48,6 +64,11 @@ class Pods:
                     lines = (ended.get("message") or "").strip().splitlines()
                     return lines[-1] if lines else f"exit code {ended['exitCode']}"
         return ""
+
+
+def _seconds_since(stamp: str) -> float:
+    then = datetime.strptime(stamp, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc)
+    return (datetime.now(timezone.utc) - then).total_seconds()
 
 
 def _states(pod: dict[str, Any]) -> list[dict[str, Any]]:
