@@ -402,6 +402,26 @@ def test_a_lost_node(own, whole, way):
     until(lambda: node in own.ask("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N"))
 
 
+def test_a_node_that_hangs_is_noticed_by_its_silence(own, whole, monkeypatch):
+    """Before Slurm gives it up; then the job goes on elsewhere."""
+    monkeypatch.setenv("RELAY_SILENCE", "4")
+    make("pretrain", **given(whole, "silent", "pretrain"))
+    saved("silent", "pretrain", 4)
+    number = job("silent", "pretrain")
+    nodes = own.ask("squeue", "-h", "-j", number, "-o", "%N")
+    node = own.ask("scontrol", "show", "hostnames", nodes).split()[-1]  # not node 0's
+    own.kill_node(node, signal.SIGSTOP)
+    directory = stage_dir("silent", "pretrain")
+    first = until(lambda: history(directory)[0].get("error"), 60)
+    assert re.match(r"node 1 \(\S+\): silent for [4-9] s", first), first
+    until(lambda: own.state(number) == "PENDING", 90)
+    own.kill_node(node)
+    own.start_node(node)
+    assert_ends(own, "silent", "pretrain", "COMPLETED")
+    assert_same(stage_dir("whole", "pretrain"), directory)
+    until(lambda: node in own.ask("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N"))
+
+
 @pytest.mark.parametrize("stage", TRAINED)
 def test_the_time_limit(own, whole, stage):
     """Slurm's own signal, before its own time limit: saved, requeued, completed, as if nothing had

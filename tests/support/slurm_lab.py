@@ -177,12 +177,13 @@ class Lab:
             words = ["unshare", "--mount", "--uts", "sh", "-ec", "; ".join(inside)]
         self._start(*words)
 
-    def kill_node(self, name: str) -> None:
-        """End slurmd and everything below its slurmstepd at once, as a node loses its power."""
+    def kill_node(self, name: str, number: int = signal.SIGKILL) -> None:
+        """End slurmd and everything below its slurmstepd at once, as a node loses its power; with
+        SIGSTOP it hangs."""
         slurmd = int((self.folder / f"slurmd.{name}.pid").read_text())
         for pid in [slurmd, *(pid for pid in all_pids() if self._is_on(name, pid))]:
             with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, number)
 
     def _is_on(self, name: str, pid: int) -> bool:
         """Whether a process belongs to a job on a node of this cluster; another one here may have a
