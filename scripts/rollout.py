@@ -4,7 +4,8 @@
 
 A stage script: the deploy stage is its Job there. It needs no GPU. It checks the model and the
 verdict, applies the objects of serve.yaml, which the client has rendered, and waits until the new
-pods answer. Where they do not come up it applies what was there before, and fails.
+pods answer. Where they do not come up it applies what was there before, and ends with 64: tried
+again it would be the same.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import re
 import time
 from typing import Any, Optional
 
-from scripts.conductor import HOPELESS, Api, documents
+from scripts.conductor import HOPELESS, PULL_SECONDS, Api, documents
 from scripts.job.main import run
 from scripts.job.parent import Parent
 from scripts.job.stage import Stopped
@@ -27,7 +28,6 @@ APPLY = "application/apply-patch+yaml"
 POLL_SECONDS = 2.0
 BEFORE = "torch-relay/before"  # an annotation: the run that make rollback goes back to
 RESTARTS = 2  # of a new pod's container, after which it will not come up
-PULL_SECONDS = 180.0
 
 
 def main(stage: Parent) -> None:
@@ -116,7 +116,7 @@ def _wait(api: Api, service: str, rollout: str, stage: Parent) -> str:
 
 
 def _fault(container: dict[str, Any]) -> str:
-    """Return the last words of a container that has been started in vain; "" of one that has not"""
+    """Return the last words of a container that was started in vain; "" of one that was not."""
     ended = container["state"].get("terminated") or container.get("lastState", {}).get("terminated")
     if not ended or (container.get("restartCount", 0) < RESTARTS and ended["exitCode"] != 64):
         return ""

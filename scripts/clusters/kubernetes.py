@@ -69,8 +69,8 @@ class Kubernetes(Cluster):
         return RunCopy(self.environment, self.kubectl)
 
     def problems(self, submission: Submission, dry_run: bool) -> list[str]:
-        """List what keeps a stage out of the cluster: what is not built yet, the submission's size,
-        and, asked of the API server in one dry run, whatever it refuses."""
+        """List what keeps a stage out of the cluster: paths that pods do not see, its size, and,
+        asked of the API server in one dry run, whatever that refuses."""
         row, found = submission.row, []
         if row.serves:
             found += service.problems(submission)
@@ -166,7 +166,7 @@ class Kubernetes(Cluster):
 
     def _rolled_out(self, submission: Submission, job: str) -> Started:
         """Wait until a service answers, or its pods have been taken back."""
-        if self.services.follow(submission.directory, job, ended) == DONE:
+        if self.services.follow(job, ended) == DONE:
             return Started(DONE)
         self.fetch(submission.run)
         past = attempts.history(submission.directory)

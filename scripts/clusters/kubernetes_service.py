@@ -22,7 +22,6 @@ from scripts.run.layout import ROOT, from_fact, relative
 from scripts.run.submission import SERVED, Submission
 
 FOLDER = "serve"  # of the stage's folder here
-PRE_STOP = 15  # seconds, as in kubernetes/base/serve
 TUNNEL_SECONDS = 15.0
 
 
@@ -85,9 +84,10 @@ class Services:
         config = "".join(t for n, t in submission.files.items() if n.startswith("config."))
         timeout = re.search(r"^shutdown-timeout: *(\d+)", config, re.M)
         grace = re.search(r"terminationGracePeriodSeconds: *(\d+)", text)
-        if timeout and grace and int(timeout[1]) + PRE_STOP >= int(grace[1]):
+        sleep = re.search(r"- sleep\n\s*- \"(\d+)\"", text)  # preStop
+        if timeout and grace and sleep and int(timeout[1]) + int(sleep[1]) >= int(grace[1]):
             found.append(
-                f"shutdown-timeout {timeout[1]} and preStop {PRE_STOP} are not less than the grace"
+                f"shutdown-timeout {timeout[1]} and preStop {sleep[1]} are not less than the grace"
                 f" of {grace[1]} s: streams would be cut; kubernetes/serve/kustomization.yaml"
             )
         there = self.kubectl.get("deployment", name)
@@ -199,7 +199,7 @@ class Services:
             kinds = "deployments,services,poddisruptionbudgets"
             self.kubectl.must("delete", kinds, "-l", label, "--wait=true", "--cascade=foreground")
 
-    def follow(self, directory: Path, job: str, ended: Any) -> int:
+    def follow(self, job: str, ended: Any) -> int:
         """Show how a rollout goes until its Job has ended; return an exit code."""
         told = ""
         while True:

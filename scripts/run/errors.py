@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 DONE = 0
-FAULT = 1
+FAULT = 1  # anything else: a scheduler tries again
 WRONG_INPUT = 64  # EX_USAGE of sysexits.h: told before work starts; never retried
 GIVEN_UP = 70  # EX_SOFTWARE of sysexits.h: a fault like those before it; trying again is no use
 SAVED = 75  # EX_TEMPFAIL of sysexits.h: state is saved, run the same command again

@@ -38,12 +38,10 @@ class Submission:
 
     @classmethod
     def read(cls, directory: Path) -> Submission:
-        """Read what a stage was submitted with. Raises InputError if nothing lies there."""
+        """Read what a service was submitted with. Raises InputError if nothing lies there."""
         made = cls(directory)
-        own = [p for p in directory.glob("*") if p.suffix in (".env", ".json", ".yaml")]
-        names = ("stage.env", "args.json", "floors.json")
-        for path in own:
-            if path.name in names or path.name.startswith("config."):
+        for path in directory.glob("*.*"):
+            if path.name in ("stage.env", "args.json") or path.stem == "config":
                 made.files[path.name] = path.read_text(encoding="utf-8")
         if "stage.env" not in made.files:
             raise InputError(f"{directory}: holds no submission")
