@@ -220,6 +220,26 @@ def test_the_second_signal_ends_all_at_once(directory, start):
     assert not stop.exists()
 
 
+def test_a_second_signal_before_the_first_is_done(directory, monkeypatch, capfd):
+    """cancel sends two at once: the handler of one runs within that of the other."""
+    parent = Parent(directory, JobEnvironment(job="c:7"))
+    parent.begin()
+    parent.training = True
+    wait = "import time; time.sleep(60)"
+    parent._child = subprocess.Popen([sys.executable, "-c", wait], start_new_session=True)
+    slow = files.write_atomic
+
+    def write(path, text):
+        if path.suffix == ".stop":
+            parent.stop(signal.SIGUSR1, None)
+        slow(path, text)
+
+    monkeypatch.setattr(files, "write_atomic", write)
+    parent.stop(signal.SIGTERM, None)
+    assert parent._child.wait(5) == -signal.SIGKILL
+    assert "saving at the end of this step" in capfd.readouterr().out
+
+
 def test_ranks_that_train_save_and_leave(directory, start):
     wait = f"while not os.path.exists({str(directory / 'attempts/1.stop')!r}): time.sleep(0.02)\n"
     stage = start(CHILD + STEP + wait)

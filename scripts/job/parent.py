@@ -264,22 +264,22 @@ class Parent(Recorder):
     # --- stops
 
     def stop(self, number: int, frame: object) -> None:
-        """Handle a signal. The first asks ranks that train to save and leave (the launcher and the
-        scheduler have deadlines of their own), and sends SIGTERM to others, SIGKILL after
-        STOP_SECONDS; a service that answers has its own deadline (vLLM's --shutdown-timeout).
+        """Handle a signal. The first asks ranks that train to save and leave; others get SIGTERM,
+        and SIGKILL after STOP_SECONDS, but for a service that answers (vLLM's --shutdown-timeout).
         The second ends all at once. Raises Stopped if no child runs."""
-        child, first, self.meeting.leaving = self._child, not self.meeting.leaving, True
+        child, first, training = self._child, not self.meeting.leaving, self.training
+        self.meeting.leaving = True
         if self.environment.nodes > 1 and first:
             self._take_over_what_was_overheard()
         if child is None or child.poll() is not None:
             if first:
                 raise Stopped
         elif first:
-            self._ask_to_leave()
-            said = f"\n{self.name}: saving at the end of this step; a second stop leaves unsaved\n"
-            if self.training:
+            if training:  # said first: the second signal may come while the ranks are asked
+                said = "saving at the end of this step; a second stop leaves unsaved"
                 with contextlib.suppress(OSError):  # os.write: print may be at work below
-                    os.write(1, said.encode())
+                    os.write(1, f"\n{self.name}: {said}\n".encode())
+            self._ask_to_leave()
         else:
             self.training = False
             self.kill()
