@@ -2,11 +2,11 @@
 
 .NOTPARALLEL:
 PYTHON  ?= python3
-MODEL   ?= debug
 CLUSTER ?= local
-OPTIONS := RUN MODEL CLUSTER NODES GPUS FROM DATA ARGS STAGE DRY_RUN FORCE BIND PORT API_KEY_FILE \
-  PROMPT RUNS VALIDATION COLUMNS DATA_ARGS PRETRAIN_ARGS FINETUNE_ARGS ALIGN_ARGS EVALUATE_ARGS \
-  DEPLOY_ARGS RUNTIME IMAGE MOUNTS SERVICE DOWNTIME
+OPTIONS := RUN MODEL RECIPE CLUSTER NODES GPUS FROM DATA ARGS STAGE DRY_RUN FORCE BIND PORT \
+  API_KEY_FILE PROMPT RUNS VALIDATION COLUMNS RUNTIME IMAGE MOUNTS SERVICE DOWNTIME DATA_ARGS \
+  PRETRAIN_ARGS FINETUNE_ARGS ALIGN_ARGS EVALUATE_ARGS DEPLOY_ARGS \
+  PRETRAIN_RECIPE FINETUNE_RECIPE ALIGN_RECIPE EVALUATE_RECIPE DEPLOY_RECIPE
 IMAGE_OPTIONS := ACCELERATOR BASE_IMAGE EFA TAG WHEELS TORCH_CPU OUT LINE
 # As they were given: make would read a $ in them as its own variable, and run a $(shell …).
 $(foreach name,$(OPTIONS) $(IMAGE_OPTIONS),$(eval override $(name) := $$(value $(name))))
@@ -22,7 +22,7 @@ LAUNCHER := scripts/run scripts/clusters scripts/launcher
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo pipeline data pretrain finetune align evaluate deploy undeploy rollback \
-  chat nccl-check status logs lineage stop cancel clean filters test test-all test-nightly \
+  chat nccl-check status logs lineage stop cancel clean models filters test test-all test-nightly \
   test-slurm test-kubernetes lint lock golden image squashfs sif image-push image-check sbom \
   reinstall
 
@@ -38,7 +38,8 @@ help: ## This help
 	@printf '\nVariables\n'
 	@printf '  %-22s %s\n' \
 	  'RUN=name' 'the run (default: the name of MODEL)' \
-	  'MODEL=debug' 'which configs/<stage>/<name>.* are used; the weights are those of FROM' \
+	  'MODEL=debug' 'whose settings are taken (configs/models); the weights are those of FROM' \
+	  'RECIPE=lora' 'how the stage works (configs/<stage>); for pipeline: FINETUNE_RECIPE=…' \
 	  'CLUSTER=local|slurm|k8s' 'where stages run' \
   'RUNTIME=docker|podman' 'with CLUSTER=local: run them in IMAGE= (docs/image.md)' \
 	  'NODES=1 GPUS=1' 'nodes, and processes on each' \
@@ -89,6 +90,8 @@ stop: ## Save and stop what is running; the same command goes on
 cancel: ## End it at once, without saving
 	@$(LAUNCH) $@
 clean: ## Remove the run, or one STAGE= of it
+	@$(LAUNCH) $@
+models: ## The models that have a name (any other by FROM): size, licence, memory
 	@$(LAUNCH) $@
 
 ##@ The image (image/build.sh names its variables)

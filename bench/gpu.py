@@ -77,17 +77,18 @@ main(Trainer)
 
 
 def register(config_json: str) -> None:
-    """Register the shape with torchtitan, as "bench", with rows of random tokens. Its Llama cannot
-    tie the embeddings: 0.26 billion parameters more, which no MFU counts."""
+    """Register the shape with torchtitan, as "bench", with rows of random tokens: torchtitan's own
+    Llama, which cannot tie the embeddings (0.26 billion parameters more, which no MFU counts), or
+    transformers' model, which does, as BENCH_MODEL says."""
     import dataclasses
 
     from torchtitan.components.dataloader import BaseDataLoader
-    from torchtitan.models.llama3 import get_train_spec
     from torchtitan.protocols.train_spec import register_train_spec
 
-    from scripts.tools.architecture import torchtitan_model_args
+    from scripts.tools.torchtitan_model import train_spec
 
-    arguments = torchtitan_model_args(Path(config_json))
+    spec = train_spec(os.environ["BENCH_MODEL"], "bench", Path(config_json).parent)
+    vocabulary = json.loads(Path(config_json).read_text())["vocab_size"]
 
     class RandomTokens(BaseDataLoader):
         def __init__(self, job_config, **_):
@@ -96,7 +97,7 @@ def register(config_json: str) -> None:
 
         def __iter__(self):
             while True:
-                rows = torch.randint(arguments.vocab_size, self.size)
+                rows = torch.randint(vocabulary, self.size)
                 yield {"input": rows[:, :-1]}, rows[:, 1:]
 
         def state_dict(self):
@@ -107,12 +108,7 @@ def register(config_json: str) -> None:
 
     register_train_spec(
         "bench",
-        dataclasses.replace(
-            get_train_spec(),
-            model_args={"bench": arguments},
-            build_dataloader_fn=RandomTokens,
-            build_tokenizer_fn=None,
-        ),
+        dataclasses.replace(spec, build_dataloader_fn=RandomTokens, build_tokenizer_fn=None),
     )
 
 
@@ -125,10 +121,10 @@ class RandomWeights:
     def load_checkpoint(self) -> dict:
         from torchtune import training
 
-        from scripts.components import torchtune_model
+        from scripts.components import decoder
 
         with training.set_default_dtype(training.get_dtype(self.dtype, self.device)), self.device:
-            weights = torchtune_model(self.folder).state_dict()
+            weights = decoder(self.folder).state_dict()
         return {"model": {name: value.cpu() for name, value in weights.items()}}
 
     def save_checkpoint(self, *_, **__) -> None:
@@ -151,7 +147,7 @@ def random_rows(tokenizer, *, rows: int, vocabulary: int, **_):
 def titan(name: str, folder: Path, shape: str, steps: int, batch: int, gpu: bool) -> list[str]:
     """Return torchtitan's command line for a row of the table."""
     architecture, (length, _), _ = SHAPES[shape]
-    untied = {**architecture, "tie_word_embeddings": False}
+    untied = {**architecture, "tie_word_embeddings": name.endswith("decoder")}
     (folder / "config.json").write_text(json.dumps(untied))
     options = {
         "model.name": "bench",
@@ -176,12 +172,18 @@ def tune(name: str, folder: Path, shape: str, steps: int, batch: int, gpu: bool)
     configuration, but for what is measured here."""
     architecture, _, (length, _) = SHAPES[shape]
     (folder / "config.json").write_text(json.dumps(architecture))
-    config, recipe = "debug", "full_finetune_single_device.py"
+    config, recipe = "full", "full_finetune_single_device.py"
+    layers: dict = {}
     if name.startswith("lora"):
-        config, recipe = "debug-lora", "lora_finetune_single_device.py"
+        config, recipe = "lora", "lora_finetune_single_device.py"
+        projections = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+        layers = {"model.lora_attn_modules": f"[{projections}]"}
     device = {"device": "cuda", "dtype": "bf16"} if gpu else {"device": "cpu", "dtype": "fp32"}
     options = {
         **device,
+        **layers,
+        "gradient_accumulation_steps": 1,
+        "enable_activation_checkpointing": False,
         **{f"checkpointer.{key}": value for key, value in device.items()},
         "checkpointer": "bench.gpu.RandomWeights",
         "checkpointer.folder": folder,
@@ -232,6 +234,7 @@ def measure(name: str, shape: str, steps: int, limit: float, gpu: bool) -> str:
     length, batch = SHAPES[shape][1 if of_titan else 2]
     environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "HF_HUB_OFFLINE": "1"}
+    environment["BENCH_MODEL"] = "decoder" if name.endswith("decoder") else "llama3"
     environment |= {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     began = time.monotonic()
     while True:
@@ -266,7 +269,7 @@ def measure(name: str, shape: str, steps: int, limit: float, gpu: bool) -> str:
 
 def main() -> int:
     """Print the table, a row as soon as it is measured; return an exit code."""
-    rows = ["pretrain", "pretrain-compiled", "full", "lora"]
+    rows = ["pretrain", "pretrain-compiled", "pretrain-decoder", "full", "lora"]
     parser = argparse.ArgumentParser()
     parser.add_argument("rows", nargs="*", help=f"{', '.join(rows)} (all), full-compiled, …")
     parser.add_argument("--shape", choices=SHAPES, default="1b")

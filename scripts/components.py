@@ -1,7 +1,21 @@
-"""What configs name by `_component_`, for torchtune to look up; each is made in scripts/tools."""
+"""What configs name by `_component_`, for torchtune to look up; each is made in scripts/tools.
 
-from scripts.tools.architecture import torchtune_lora_model, torchtune_model
-from scripts.tools.torchtune_data import conversations
-from scripts.tools.torchtune_tokenizer import ChatTokenizer
+Looked up one by one: checking a config must not import torch for a component that it has not.
+"""
 
-__all__ = ["ChatTokenizer", "conversations", "torchtune_lora_model", "torchtune_model"]
+from importlib import import_module
+from typing import Any
+
+WHERE = {
+    "ChatTokenizer": "torchtune_tokenizer",
+    "Checkpointer": "torchtune_model",
+    "conversations": "torchtune_data",
+    "decoder": "torchtune_model",
+    "lora_decoder": "torchtune_model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in WHERE:
+        raise AttributeError(f"scripts.components has no {name}; it has {', '.join(WHERE)}")
+    return getattr(import_module(f"scripts.tools.{WHERE[name]}"), name)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 
-from scripts.launcher import chat, lineage, manage, options, report, start
+from scripts.launcher import chat, lineage, manage, models, options, report, start
 from scripts.launcher.options import Options
 from scripts.run import stages
 from scripts.run.errors import DONE, WRONG_INPUT, InputError
@@ -22,6 +22,12 @@ from scripts.run.errors import DONE, WRONG_INPUT, InputError
 def undeploy(asked: Options) -> int:
     """Stop the service of a run."""
     return manage.stop(replace(asked, stage=stages.maker("service").name))
+
+
+def show_models(asked: Options) -> int:
+    """Print the table of the models that have a name."""
+    print("\n".join(models.table()))
+    return DONE
 
 
 CHANGES: dict[str, Callable[[Options], int]] = {
@@ -36,6 +42,7 @@ SHOWS: dict[str, Callable[[Options], int]] = {
     "logs": report.logs,
     "lineage": lineage.lineage,
     "chat": chat.chat,
+    "models": show_models,
 }
 
 

@@ -322,18 +322,3 @@ def test_a_second_launch_and_a_finished_stage(directory, start):
     stage.end()
     files.write_json(directory / "stage.json", {"stage": "data"})
     assert start(CHILD).end() == (0, "data: done already\n")
-
-
-def test_evaluate_needs_a_floor_before_it_starts(tmp_path, monkeypatch, model):
-    from scripts import evaluate
-
-    directory = tmp_path / "runs/x/evaluate"
-    directory.mkdir(parents=True)
-    (directory / "stage.env").write_text(
-        files.format_env({"FROM": str(model), "DATA": str(tmp_path)})
-    )
-    (directory / "floors.json").write_text("{}")
-    parent = Parent(directory, JobEnvironment())
-    monkeypatch.setattr(parent, "ranks", lambda *_, **__: pytest.fail("it must not start"))
-    with pytest.raises(InputError, match="names no floor"):
-        evaluate.main(parent)

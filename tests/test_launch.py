@@ -27,8 +27,11 @@ from tests.support.runs import ROOT
 @pytest.mark.parametrize(
     ("verb", "options", "words"),
     [
-        ("pretrain", {"MODEL": "gpt5"}, ["MODEL=gpt5", "known:", "debug"]),
-        ("pretrain", {"MODEL": "debug.floors"}, ["MODEL=debug.floors"]),
+        ("pretrain", {"MODEL": "gpt5"}, ["MODEL=gpt5", "make models"]),
+        ("pretrain", {"MODEL": "qwen3_8"}, ["MODEL=qwen3_8: unknown; near it: qwen3_8b"]),
+        ("finetune", {"RECIPE": "lara"}, ["RECIPE=lara: unknown; known:", "lora", "qlora"]),
+        ("data", {"RECIPE": "full"}, ["RECIPE=full: data takes none"]),
+        ("pipeline", {"RECIPE": "lora"}, ["RECIPE", "FINETUNE_RECIPE"]),
         ("pretrain", {"CLUSTER": "mars"}, ["CLUSTER=mars", "not yet", "local"]),
         ("train", {}, ["train", "unknown", "pretrain"]),
         ("clean", {"RUN": "x", "STAGE": "serve"}, ["STAGE=serve", "deploy"]),
@@ -123,9 +126,12 @@ def test_every_target_has_a_dry_run(verb, model):
 
 
 def test_data_for_a_model_needs_no_architecture_of_our_own(model):
-    """README's line for LoRA, whose MODEL has configs and no architecture."""
-    out = dry_run("finetune", {"RUN": "x", "FROM": str(model), "MODEL": "debug-lora"})
+    """README's line for LoRA: a FROM without a name takes the recipe as it is."""
+    out = dry_run("finetune", {"RUN": "x", "FROM": str(model), "RECIPE": "lora"})
     assert out.count(f"FROM={model}") == 2, "its data uses the model's tokenizer"
+    assert "cp configs/finetune/lora.yaml runs/x/finetune/config.yaml" in out
+    assert "MODEL=" not in out
+    assert "args.json << 'EOF'\n[]\nEOF" in out
 
 
 def test_a_variable_that_make_does_not_know_is_refused():
@@ -163,7 +169,8 @@ def test_arguments_pass_through_make_intact(runs):
         check=True,
     )
     block = result.stdout.split("pretrain/args.json' << 'EOF'\n")[1].split("EOF\n")[0]
-    assert json.loads(block) == words, f"make changed the arguments: {block}"
+    ours = launcher_options.settings("debug", "pretrain")
+    assert json.loads(block) == [*ours, *words], f"make changed the arguments: {block}"
 
 
 class Finetune:

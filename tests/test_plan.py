@@ -110,11 +110,12 @@ def test_dry_run_means_one_thing(checkout, tmp_path, value):
 def test_a_new_stage_touches_no_launcher_module(checkout, cluster):
     """A row in the table, a script, a config and, for Slurm, a header file are enough."""
     table = checkout / "scripts/run/stages.py"
-    row = '    StageRow("distil", ("sets", "model"), "model", ranks=True, in_line=False),\n)\n\n\n'
+    row = 'StageRow("distil", ("sets", "model"), "model", ranks=True, recipe="full", in_line=False)'
+    row = f"    {row},\n)\n\n\n"
     table.write_text(table.read_text().replace(")\n\n\ndef row", f"{row}def row", 1))
     (checkout / "scripts/distil.py").write_text("")
     (checkout / "configs/distil").mkdir()
-    (checkout / "configs/distil/debug.yaml").write_text("recipe: knowledge_distillation\n")
+    (checkout / "configs/distil/full.yaml").write_text("recipe: knowledge_distillation\n")
     shutil.copy(checkout / "slurm/align.sbatch", checkout / "slurm/distil.sbatch")
     model, sets = checkout.parent / "runs/x/align", checkout.parent / "runs/x/data/sets"
     sets.mkdir(parents=True)

@@ -1,16 +1,15 @@
 """The seam between the tools, on random weights: one config.json, one tokenizer, one chat
 template."""
 
-import json
 import shutil
 
 import pytest
 
 from scripts.run.errors import InputError
-from scripts.tools import architecture
-from tests.support.logits import assert_same_logits
+from scripts.tools.decoder import PROVEN
+from tests.support.families import FAMILIES, OWN, write_family
+from tests.support.logits import assert_same_logits, differences
 from tests.support.models import make_model
-from tests.support.runs import ROOT
 
 CHAT = [
     {"role": "system", "content": "Be brief.  "},
@@ -20,60 +19,53 @@ CHAT = [
     {"role": "assistant", "content": "Welcome."},
 ]
 
-SCALED = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-
 
 @pytest.fixture(scope="module")
 def born_here(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("debug"))
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"intermediate_size": 320, "num_key_value_heads": 1},
-        {"intermediate_size": 1000, "rope_theta": 500000.0},
-        {"max_position_embeddings": 16384, "rope_scaling": SCALED, "rope_theta": 500000.0},
-    ],
-    ids=["as it is", "narrow", "wide", "llama3 scaling"],
-)
-def test_torchtitan_torchtune_and_transformers_agree(tmp_path, changes):
-    directory = make_model(tmp_path / "model", **changes)
-    assert_same_logits(directory, list(range(7, 207)))
+OFTEN = {"llama", "llama tied and scaled", "qwen3 tied", "gemma2", "phi3 with a window"}
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    "name",
+    [pytest.param(n, marks=() if n in OFTEN else pytest.mark.slow) for n in FAMILIES],
+)
+def test_every_tool_computes_the_same_logits(tmp_path, name):
+    """transformers' own is what is evaluated, and vLLM serves."""
+    directory = write_family(name, tmp_path / "model")
+    found = differences(directory, list(range(7, 107)), OWN.get(name, ()))
+    assert max(found.values()) <= 1e-5, found
+
+
+def test_proven_families_are_those_that_are_tried():
+    assert {kind for kind, _ in FAMILIES.values()} == PROVEN
+
+
+def test_the_debug_model_is_the_same_in_every_tool(born_here):
+    assert_same_logits(born_here, list(range(7, 207)))
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "words"),
     [
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"model_type": "qwen3"}, "qwen3"),
-        ({"hidden_act": "gelu"}, "gelu"),
-        ({"head_dim": 100}, "head_dim 100"),
+        ("llama tied", "llama3", "cannot tie"),
+        ("llama with biases", "llama3", "attention_bias true"),
+        ("llama scaled", "qwen3", "rope_type 'llama3'"),
+        ("mistral with a window", "qwen3", "sliding_window 32"),
+        ("gemma", "llama3", "model_type 'gemma'"),
+        ("llama", "llama4", "model.name 'llama4': unknown; known: decoder"),
     ],
 )
-def test_what_cannot_be_expressed_exactly_is_refused_by_name(tmp_path, changes, words):
-    config = {**json.loads((ROOT / "configs/models/debug/config.json").read_text()), **changes}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+def test_torchtitans_own_models_refuse_what_they_are_not(tmp_path, name, own, words):
+    from scripts.tools import patches
+
+    patches.torchtitan_on_cpu()
+    from scripts.tools.torchtitan_model import train_spec
+
     with pytest.raises(InputError, match=words):
-        architecture.read_architecture(tmp_path / "config.json")
-
-
-def test_torchtitan_cannot_tie(tmp_path):
-    config = {
-        **json.loads((ROOT / "configs/models/debug/config.json").read_text()),
-        "tie_word_embeddings": True,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="cannot tie"):
-        architecture.torchtitan_model_args(tmp_path / "config.json")
+        train_spec(own, "x", write_family(name, tmp_path / "model"))
 
 
 @pytest.mark.parametrize("prompt", [False, True])

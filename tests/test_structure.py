@@ -51,17 +51,13 @@ def test_help_is_one_screen():
 
 def test_model_names_stay_in_configs():
     """The known failure of this field is models × clusters: model names inside launch files."""
-    names = {
-        p.stem
-        for s in ("pretrain", "finetune", "align", "deploy")
-        for p in (ROOT / "configs" / s).glob("*.*")
-    } - {"debug"}
+    names = {p.name for p in (ROOT / "configs/models").iterdir() if p.is_dir()} - {"debug"}
     names |= {"llama3_", "Llama-3", "8b", "70b"}
     places = [
         p
         for p in TRACKED
         if p
-        and not p.startswith(("bench/", "configs/", "tests/", "docs/", "requirements/"))
+        and not p.startswith(("bench/", "configs/models", "tests/", "docs/", "requirements/"))
         and not p.endswith(".md")
     ]
     found = [
@@ -70,8 +66,7 @@ def test_model_names_stay_in_configs():
         for n in names
         if n.lower() in re.sub("[0-9a-f]{40,}", "", (ROOT / p).read_text(errors="replace")).lower()
     ]
-    # torchtune's builders are named by an architecture family; config.json chooses one, no model.
-    assert [f for f in found if f[0] != "scripts/tools/architecture.py"] == []
+    assert found == []
 
 
 @pytest.mark.parametrize("path", LAUNCHER)
@@ -154,7 +149,7 @@ def test_pretrain_configs_fit_torchtitan(path):
 def test_finetune_and_align_configs_fit_torchtune(path):
     from omegaconf import OmegaConf
 
-    from scripts.tools.torchtune import wrong_keys
+    from scripts.tools.torchtune_config import wrong_keys
 
     cfg = OmegaConf.load(path)
     cfg.output_dir = "x"
@@ -172,8 +167,13 @@ def test_evaluate_configs_fit_lm_eval(path):
     config = yaml.safe_load(path.read_text())
     assert against_dataclass(EvaluatorConfig, config) == []
     tasks = {p.stem for p in (path.parent / "tasks").glob("*.yaml")}
-    floors = json.loads(path.with_name(f"{path.stem}.floors.json").read_text())
-    assert {name.split("/")[0] for name in floors} <= set(config["tasks"]) <= tasks
+    assert set(config["tasks"]) <= tasks
+
+
+def test_floors_are_of_tasks_that_are_there():
+    tasks = {p.stem for p in (ROOT / "configs/evaluate/tasks").glob("*.yaml")}
+    for path in ROOT.glob("configs/models/*/floors.json"):
+        assert {name.split("/")[0] for name in json.loads(path.read_text())} <= tasks, path
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,9 @@ LAYOUTS = {
 SAMPLES, SEQ_LEN, VOCABULARY = 4, 32, 64
 
 
-def one_step(ranks: int, replicate: int, shard: int, local_batch: int) -> dict[str, float]:
+def one_step(
+    name: str, ranks: int, replicate: int, shard: int, local_batch: int
+) -> dict[str, float]:
     """Take torchtitan's own first step on SAMPLES fixed samples; returns its loss and grad_norm.
 
     Runs in each rank. Every layout gets the same weights and the same global batch.
@@ -35,14 +37,15 @@ def one_step(ranks: int, replicate: int, shard: int, local_batch: int) -> dict[s
     from torchtitan.train import Trainer
 
     config = JobConfig()
-    config.model.name = config.model.flavor = "tiny"
+    config.model.name, config.model.flavor = name, "tiny"
     config.training.seq_len, config.training.local_batch_size = SEQ_LEN, local_batch
     config.training.global_batch_size = SAMPLES
     config.training.mixed_precision_param = "float32"
     config.training.max_norm = 1e9  # no clipping: the norm is the gradients'
     config.parallelism.data_parallel_replicate_degree = replicate
     config.parallelism.data_parallel_shard_degree = shard
-    config.activation_checkpoint.mode = "none"
+    if name == "tiny":
+        config.activation_checkpoint.mode = "none"
     config.comm.trace_buf_size = 0
     config.metrics.log_freq = 1
     trainer = Trainer(config)
@@ -53,6 +56,9 @@ def one_step(ranks: int, replicate: int, shard: int, local_batch: int) -> dict[s
             if isinstance(parameter, DTensor):
                 whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
             parameter.copy_(whole)
+        if name == "tied":
+            ends = trainer.model_parts[0].hf
+            assert ends.get_output_embeddings().weight is ends.get_input_embeddings().weight
     tokens = torch.randint(VOCABULARY, (SAMPLES, SEQ_LEN + 1), generator=generator)
     rank = int(os.environ["RANK"])
     mine = tokens[rank * SAMPLES // ranks : (rank + 1) * SAMPLES // ranks].split(local_batch)
@@ -68,18 +74,32 @@ def one_step(ranks: int, replicate: int, shard: int, local_batch: int) -> dict[s
 
 
 def compare() -> None:
-    """Run one_step in every layout, ranks forked after the imports; prints {layout: numbers}."""
+    """Run one_step in every layout, ranks forked after the imports; prints {layout: numbers}, those
+    of torchtitan's Llama, and under "tied …" those of a tied model of transformers."""
+    import tempfile
+    from pathlib import Path
+
     patches.torchtitan(world=2)
     from torchtitan.models.llama3 import get_train_spec
     from torchtitan.models.llama3.model.args import TransformerModelArgs
     from torchtitan.protocols.train_spec import register_train_spec
 
+    from scripts.tools.torchtitan_model import train_spec
+    from tests.support.families import write_family
+
     sizes = {"dim": 32, "n_layers": 2, "n_heads": 2, "vocab_size": VOCABULARY, "max_seq_len": 64}
     arguments = {"tiny": TransformerModelArgs(**sizes)}
     ours = {"build_tokenizer_fn": None, "build_dataloader_fn": None, "model_args": arguments}
     register_train_spec("tiny", dataclasses.replace(get_train_spec(), **ours))
+    sizes = {"vocab_size": VOCABULARY, "tie_word_embeddings": True}
+    folder = write_family("qwen2", Path(tempfile.mkdtemp()) / "model", **sizes)
+    tied = dataclasses.replace(train_spec("decoder", "tiny", folder), **{**ours, "model_args": {}})
+    tied.model_args = train_spec("decoder", "tiny", folder).model_args
+    register_train_spec("tied", tied)
     found = {}
-    for name, layout in LAYOUTS.items():
+    cases = [(spec, name) for spec in ("tiny", "tied") for name in LAYOUTS]
+    for spec, name in cases:
+        layout = LAYOUTS[name]
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -89,14 +109,14 @@ def compare() -> None:
         for rank in range(layout[0]):
             if (pid := os.fork()) == 0:
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                numbers = one_step(*layout)
+                numbers = one_step(spec, *layout)
                 if rank == 0:
                     os.write(writer, json.dumps(numbers).encode())
                 os._exit(0)
             children.append(pid)
         os.close(writer)
         assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * layout[0], name
-        found[name] = json.loads(os.read(reader, 10_000))
+        found[name if spec == "tiny" else f"tied {name}"] = json.loads(os.read(reader, 10_000))
     print(json.dumps(found))
 
 
@@ -115,8 +135,10 @@ def first_steps():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_has_the_gradients_of_one_rank(first_steps, layout):
-    assert first_steps[layout] == pytest.approx(first_steps["one rank"], rel=1e-4)
+@pytest.mark.parametrize("model", ["", "tied "])
+def test_every_layout_has_the_gradients_of_one_rank(first_steps, model, layout):
+    reference = first_steps[f"{model}one rank"]
+    assert first_steps[f"{model}{layout}"] == pytest.approx(reference, rel=1e-4)
 
 
 # --- options that are refused ---
@@ -137,6 +159,18 @@ def options(**changes):
     return config
 
 
+OF_A_DECODER = [  # those that torchtitan's own models take
+    (
+        2,
+        {
+            "parallelism__tensor_parallel_degree": 2,
+            "training__mixed_precision_param": "float32",
+        },
+        "tensor_parallel_degree must be 1",
+    ),
+    (1, {"model__converters": ["quantize.linear.float8"]}, "--model.name llama3 or qwen3"),
+    (2, {"parallelism__context_parallel_degree": 2}, "context_parallel_degree must be 1"),
+]
 REFUSED = [  # ranks, changes, words of the refusal
     (2, {"parallelism__pipeline_parallel_degree": 2}, "#2972"),
     (2, {"parallelism__expert_parallel_degree": 2}, "dense"),
@@ -182,6 +216,16 @@ CASES += [(*case, True) for case in REFUSED_ON_A_CPU]
 @pytest.mark.parametrize(("world", "changes", "words", "on_cpu"), CASES)
 def test_an_option_that_does_harm_or_nothing_is_refused(world, changes, words, on_cpu):
     found = torchtitan_options.problems(options(**changes), world, on_cpu)
+    assert len(found) == 1, found
+    assert words in found[0]
+
+
+@pytest.mark.parametrize(("world", "changes", "words"), OF_A_DECODER)
+def test_what_transformers_models_have_no_form_of_is_refused(world, changes, words):
+    config = options(**changes)
+    assert torchtitan_options.problems(config, world, on_cpu=False) == []
+    config.model.name = "decoder"
+    found = torchtitan_options.problems(config, world, on_cpu=False)
     assert len(found) == 1, found
     assert words in found[0]
 

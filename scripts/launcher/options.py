@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import shlex
@@ -12,12 +13,14 @@ from pathlib import Path
 
 from scripts.clusters.catalog import CLUSTERS
 from scripts.clusters.interface import Cluster
-from scripts.run import stages
+from scripts.run import files, stages
 from scripts.run.errors import InputError
 from scripts.run.layout import ROOT, Run, check_run_name
 from scripts.run.stages import StageRow
 
 CONFIGS = ROOT / "configs"
+MODELS = CONFIGS / "models"
+DEBUG = "debug"  # the model of make demo
 PIPELINE = "pipeline"
 
 
@@ -27,10 +30,11 @@ class Options:
 
     verb: str
     run: Run
-    model: str
+    model: str  # whose settings are taken; "" for a FROM without a name
     cluster: str
     nodes: int = 1
     gpus: int = 1
+    recipes: Mapping[str, str] = field(default_factory=dict)  # by stage, where one was named
     args: Mapping[str, list[str]] = field(default_factory=dict)  # by stage
     data: str = ""
     validation: str = ""
@@ -66,9 +70,11 @@ def read(verb: str, env: Mapping[str, str]) -> Options:
     """Parse and check every option. Raises InputError with all problems at once."""
     given = _Given(verb, env)
     row = stages.row(verb) if verb in stages.names() else None
-    model, cluster = given.text("MODEL", "debug"), given.text("CLUSTER", "local")
+    model, cluster = given.text("MODEL"), given.text("CLUSTER", "local")
     now = f"{verb}-{time.strftime('%m%d-%H%M%S')}"
-    name = given.text("RUN", now if row and row.alone else model)
+    default = model.lower().replace("_", "-") or DEBUG
+    name = given.text("RUN", now if row and row.alone else default)
+    run = Run(Path(given.path("RUNS") or ROOT / "runs"), name)
     found = check_run_name(name) + _model_problems(verb, model)
     if cluster not in CLUSTERS:
         found.append(f"CLUSTER={cluster}: not yet; known: {', '.join(CLUSTERS)}")
@@ -92,9 +98,11 @@ def read(verb: str, env: Mapping[str, str]) -> Options:
         many = " ".join(f"{k}={n}" for k, n in several if n > 1)
         found.append(f"{many}: {verb} is one process on one node; leave it out")
     args = {row.name: given.arguments(row) for row in stages.TABLE}
+    recipes = {row.name: given.recipe(row) for row in stages.TABLE}
     if given.text("ARGS") and verb == PIPELINE:
-        each = " ".join(f"{r.name.upper()}_ARGS" for r in stages.TABLE if r.has_config)
-        found.append(f"ARGS: which stage of the pipeline? Use {each} instead")
+        found.append(f"ARGS: which stage of the pipeline? Use {_each('ARGS')} instead")
+    if given.text("RECIPE") and verb == PIPELINE:
+        found.append(f"RECIPE: which stage of the pipeline? Use {_each('RECIPE')} instead")
     if given.text("SERVICE") and not CLUSTERS.get(cluster, Cluster).names_services:
         found.append(f"SERVICE: CLUSTER={cluster} serves a run under no other name; leave it out")
     columns = given.columns()
@@ -103,11 +111,12 @@ def read(verb: str, env: Mapping[str, str]) -> Options:
         raise InputError(found)
     return Options(
         verb=verb,
-        run=Run(Path(given.path("RUNS") or ROOT / "runs"), name),
-        model=model,
+        run=run,
+        model=model or _model_of(run, given.text("FROM")),
         cluster=cluster,
         nodes=nodes,
         gpus=gpus,
+        recipes={name: recipe for name, recipe in recipes.items() if recipe},
         args=args,
         data=given.path("DATA"),
         validation=given.path("VALIDATION"),
@@ -157,6 +166,18 @@ class _Given:
             self.problems.append(f"COLUMNS={text}: give our names with yours, as {example}")
         return text
 
+    def recipe(self, row: StageRow) -> str:
+        """Return the recipe that was named for a stage; "" if none was."""
+        text = self.text(f"{row.name.upper()}_RECIPE")
+        text = text or (self.text("RECIPE") if row.name == self.verb else "")
+        known = sorted(p.stem for p in (CONFIGS / row.name).glob("*.*")) if row.recipe else []
+        if text and not known:
+            self.problems.append(f"RECIPE={text}: {row.name} takes none; leave it out")
+        elif text and text not in known:
+            where = f"known: {', '.join(known)} (configs/{row.name})"
+            self.problems.append(f"RECIPE={text}: unknown; {where}")
+        return text
+
     def arguments(self, row: StageRow) -> list[str]:
         text = self.env.get(f"{row.name.upper()}_ARGS", "")
         text = text or (self.env.get("ARGS", "") if row.name == self.verb else "")
@@ -169,15 +190,35 @@ class _Given:
             return []
 
 
+def _each(variable: str) -> str:
+    """Name a variable of each stage that has a recipe, and so takes it."""
+    return " ".join(f"{row.name.upper()}_{variable}" for row in stages.TABLE if row.recipe)
+
+
 def _model_problems(verb: str, model: str) -> list[str]:
-    configs = {
-        p.stem
-        for row in stages.TABLE
-        if "corpus" not in row.reads  # its configs are named by recipe
-        for p in (CONFIGS / row.name).glob("*.*")
-        if p.name.count(".") == 1
-    }
-    known = sorted(configs | folder_names(CONFIGS / "models"))
-    if model in known or verb not in verbs():
+    known = sorted(folder_names(MODELS))
+    if not model or model in known or verb not in verbs():
         return []
-    return [f"MODEL={model}: unknown; known: {', '.join(known)} (configs/<stage>/<model>.*)"]
+    near = difflib.get_close_matches(model, known, n=4, cutoff=0.3) or known[:4]
+    return [f"MODEL={model}: unknown; near it: {', '.join(near)}; make models lists all"]
+
+
+def _model_of(run: Run, source: str) -> str:
+    """Return the model whose settings are taken where MODEL does not say: none for a FROM, that of
+    the stages that the run has, or else the debug model's."""
+    if source:
+        return ""
+    for name in stages.names():
+        facts = run.stage(name) / "stage.env"
+        if facts.exists():
+            return files.read_env(facts).get("MODEL", "")
+    return DEBUG
+
+
+def settings(model: str, stage: str) -> list[str]:
+    """Read what a model sets of a stage, in the words of the stage's tool: the arguments in
+    configs/models/<model>/<stage>.args. Empty if there is none."""
+    path = MODELS / model / f"{stage}.args"
+    if not model or not path.exists():
+        return []
+    return shlex.split(path.read_text(encoding="utf-8"), comments=True)

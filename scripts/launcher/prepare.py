@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Optional
 
 from scripts.launcher import sources
-from scripts.launcher.options import CONFIGS, PIPELINE, Options
+from scripts.launcher.options import CONFIGS, MODELS, PIPELINE, Options, settings
 from scripts.run import gate, modeldir, preflight, stages
 from scripts.run.digests import Digests
 from scripts.run.errors import InputError
@@ -17,6 +17,7 @@ from scripts.run.stages import StageRow
 from scripts.run.submission import Submission
 
 PLACED = {"DATA", "VALIDATION", "FROM"}  # facts that name what the user has, perhaps here alone
+LARGE = 4e9  # parameters: 16 bytes of each, to train them all in fp32, are a GPU's 64 GB
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -30,16 +31,20 @@ def prepare(
         size = (options.nodes, 1)
     submission = Submission(options.run.stage(row.name), *size)
     found: list[str] = []
-    facts = {} if row.alone else {"MODEL": options.model, **_data_fact(options, row)}
+    model = _model_read(options, row, pending)
+    named = options.model and not row.alone and (row.recipe or not model)
+    facts = {**({"MODEL": options.model} if named else {}), **_data_fact(options, row)}
     seen = options.here.sees_runs
     if "corpus" in row.reads and (seen or Path(options.data).exists()):
         found += sources.problems(options)
-    model = _model_read(options, row, pending)
     if model:
         facts["FROM"] = as_fact(model, options.run.root)
         known = seen or (model.exists() and not facts["FROM"].startswith("runs/"))
         if known and not any(model.parent == options.run.stage(name) for name in pending):
-            found += modeldir.problems(model)
+            wrong = modeldir.problems(model)
+            if row.trains_on and not wrong:
+                wrong = modeldir.untrainable(model / "config.json")
+            found += wrong
     elif row.from_scratch:
         found += _add_architecture(submission, options.model)
     elif "model" in row.reads:
@@ -51,14 +56,19 @@ def prepare(
     if "corpus" in row.reads:
         if sources.recipe(options).is_file():
             submission.copy(sources.recipe(options), "config.yaml")
-    elif row.has_config:
-        found += _add_config(submission, options.model)
+    elif row.recipe:
+        facts["RECIPE"] = _recipe(options, row, model)
+        found += _add_config(submission, options.model, facts["RECIPE"])
     kinds = sources.kinds(options) if row.trains_on else None
     if kinds is not None and row.trains_on not in kinds:
         found.append(sources.lacks(options, row, kinds))
     if row.makes == "verdict" and model:
         for name, earlier in _before(options, model, pending):
             facts[gate.before_fact(name)] = as_fact(earlier, options.run.root)
+        judged = gate.FLOORS in submission.files or gate.before_fact(gate.PARENT) in facts
+        if options.verb == PIPELINE and not judged:
+            floors = relative(MODELS / options.model / gate.FLOORS)
+            found.append(f"{floors}: missing; the gate needs to know which scores pass")
     if row.serves:
         facts.update(BIND=options.bind, PORT=options.port)
         if options.here.names_services:
@@ -73,7 +83,8 @@ def prepare(
     for name in PLACED & facts.keys():
         facts[name] = options.here.place(facts[name], options.run)
     submission.files["stage.env"] = format_env(facts)
-    submission.files["args.json"] = dump_json(options.args.get(row.name, []))
+    words = [*settings(options.model, row.name), *options.args.get(row.name, [])]
+    submission.files["args.json"] = dump_json(words)
     return submission, found
 
 
@@ -127,7 +138,11 @@ def _before(options: Options, model: Path, pending: tuple[str, ...]) -> list[tup
 
 def _add_architecture(submission: Submission, model: str) -> list[str]:
     """Freeze the architecture of a model that is born here."""
-    path = CONFIGS / "models" / model / "config.json"
+    if not model:
+        return [
+            "MODEL: which architecture is to be born? Name one of configs/models, or give FROM="
+        ]
+    path = MODELS / model / "config.json"
     if not path.exists():
         where = "a model born here needs its architecture there, any other its FROM="
         return [f"{relative(path)}: missing; {where}"]
@@ -135,24 +150,34 @@ def _add_architecture(submission: Submission, model: str) -> list[str]:
     return []
 
 
-def _add_config(submission: Submission, model: str) -> list[str]:
-    """Add a copy of configs/<stage>/<model>.* to the submission as config.*; for a stage that makes
-    a verdict its tasks and floors, too. Return what is missing."""
+def _recipe(options: Options, row: StageRow, model: Optional[Path]) -> str:
+    """Return the recipe that a stage runs: the one that was named, or its own for the size."""
+    if row.name in options.recipes:
+        return options.recipes[row.name]
+    facts = read_json(MODELS / options.model / "model.json") if options.model else None
+    try:
+        size = (facts or {}).get("parameters") or modeldir.parameter_count(model or Path())
+    except (InputError, OSError):
+        size = 0  # it is not there yet
+    return row.large if row.large and size > LARGE else row.recipe
+
+
+def _add_config(submission: Submission, model: str, recipe: str) -> list[str]:
+    """Add a copy of configs/<stage>/<recipe>.* to the submission as config.*; for a stage that
+    makes a verdict its tasks and the model's floors, too. Return what is missing."""
     stage, folder = submission.row.name, CONFIGS / submission.row.name
-    files = [p for p in sorted(folder.glob(f"{model}.*")) if p.name.count(".") == 1]
+    files = sorted(folder.glob(f"{recipe}.*"))
     if not files:
-        known = ", ".join(sorted(p.name for p in folder.glob("*.*")))
-        return [f"configs/{stage}/{model}.*: missing; copy one of {known}"]
+        return [f"configs/{stage}/{recipe}.*: missing; the stage's own recipe must be there"]
     submission.copy(files[0], f"config{files[0].suffix}")
     if submission.row.makes != "verdict":
         return []
     for path in sorted((folder / "tasks").iterdir()):
         if path.is_file():
             submission.copy(path, f"tasks/{path.name}")
-    floors = folder / f"{model}.floors.json"
-    if not floors.exists():
-        return [f"{relative(floors)}: missing; the gate needs to know which scores pass"]
-    submission.copy(floors, gate.FLOORS)
+    floors = MODELS / model / gate.FLOORS
+    if model and floors.exists():
+        submission.copy(floors, gate.FLOORS)
     return []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -14,7 +15,18 @@ from scripts.run.digests import Digests
 from scripts.run.errors import InputError
 from scripts.run.files import read_json, write_json
 
-ARCHITECTURES = ("LlamaForCausalLM",)
+DECODER = "ForCausalLM"  # how transformers' names of such models end
+# Sizes that every trainer asks for, and what says that a layer chooses among several networks.
+LAYER = re.compile(r"\.(\d+)\.")  # of a tensor's name
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+ROPE = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}  # what each kind of RoPE needs (transformers' modeling_rope_utils.py)
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 TURN_ENDS = ("<|end_of_turn|>", "<|eot_id|>", "<|im_end|>")
 WHOLE = "FROM must be a whole Hugging Face directory"
@@ -75,10 +87,45 @@ def _config_problems(directory: Path) -> list[str]:
     if config is None:
         return [f"{directory}: no config.json; {WHOLE}"]
     names = config.get("architectures") or []
-    if not set(names) & set(ARCHITECTURES):
-        given, known = ", ".join(names) or "missing", ", ".join(ARCHITECTURES)
-        return [f"{directory}/config.json: architecture {given}; known: {known}"]
+    if not any(name.endswith(DECODER) for name in names):
+        given = ", ".join(names) or "missing"
+        return [f"{directory}/config.json: architecture {given}; stages know …{DECODER} alone"]
+    if config.get("auto_map"):
+        return [
+            f"{directory}/config.json: auto_map: this model brings code of its own, which no stage "
+            "runs; take its form without code, where transformers knows the family by now"
+        ]
     return []
+
+
+def untrainable(config_json: Path) -> list[str]:
+    """List what keeps the model of a config.json from being trained here; it may be served."""
+    config = read_json(config_json)
+    if config is None:
+        return [f"{config_json}: no such file; every model needs its config.json"]
+    missing = [key for key in SIZES if config.get(key) is None]
+    if missing:
+        what = f"{', '.join(missing)} missing: no decoder that can be trained here"
+        return [f"{config_json}: {what} (docs/models.md)"]
+    found = []
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "quantised")
+        mend = "train the model that it was made from; this one can be served"
+        found.append(f"{config_json}: weights are quantised ({method}); {mend}")
+    if any((config.get(key) or 0) > 1 for key in EXPERTS):
+        found.append(f"{config_json}: a mixture of experts: cannot be trained here exactly")
+    heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
+    if heads % (kv_heads or heads):
+        found.append(
+            f"{config_json}: num_attention_heads {heads} is no multiple of num_key_value_heads "
+            f"{kv_heads}"
+        )
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    lacks = [key for key in ROPE.get(kind, ()) if rope.get(key) is None]
+    if lacks:
+        found.append(f"{config_json}: rope_type {kind} without {', '.join(lacks)}")
+    return found
 
 
 def _weight_problems(directory: Path) -> list[str]:
@@ -94,24 +141,32 @@ def _weight_problems(directory: Path) -> list[str]:
             ]
         return [f"{directory}: no *.safetensors; {WHOLE}"]
     found: list[str] = []
-    tensors: set[str] = set()
+    tensors: dict[str, Any] = {}
     for name in files:
         try:
-            tensors |= set(read_header(directory / name))
+            tensors.update(read_header(directory / name))
         except FileNotFoundError:
             where = f"{name} is named in model.safetensors.index.json but missing"
             found.append(f"{directory}: {where}; copy it again")
         except InputError as error:
             found += error.problems
-    layers = (read_json(directory / "config.json") or {}).get("num_hidden_layers", 0)
-    missing = [
-        f"model.layers.{i}"
-        for i in range(layers)
-        if f"model.layers.{i}.mlp.down_proj.weight" not in tensors
-    ]
-    if missing and not found:
+    if found:
+        return found
+    config = read_json(directory / "config.json") or {}
+    layers = config.get("num_hidden_layers", 0)
+    there = {int(number) for name in tensors for number in LAYER.findall(name)}
+    missing = sorted(set(range(layers)) - there)
+    if missing:
         count = f"{len(missing)} of {layers} layers"
-        found.append(f"{directory}: weights of {missing[0]} are missing ({count}); copy it again")
+        found.append(
+            f"{directory}: weights of layer {missing[0]} are missing ({count}); copy it again"
+        )
+    rows = tensors.get("model.embed_tokens.weight", {}).get("shape", [None])[0]
+    if rows is not None and config.get("vocab_size") not in (None, rows):
+        found.append(
+            f"{directory}/config.json: vocab_size {config['vocab_size']}, and the embedding in the "
+            f"weights has {rows} rows; give the number that the weights have"
+        )
     return found
 
 
@@ -119,11 +174,12 @@ def tokenizer_problems(directory: Path) -> list[str]:
     """List what is wrong with the tokenizer of a directory that has a config.json."""
     absent = [name for name in TOKENIZER_FILES[:2] if not (directory / name).exists()]
     if absent:
-        return [f"{directory}: no {' and no '.join(absent)}; {WHOLE}"]
+        mend = WHOLE
+        if (directory / "tokenizer.model").exists():
+            mend = "from its tokenizer.model: AutoTokenizer.from_pretrained(…).save_pretrained(…)"
+        return [f"{directory}: no {' and no '.join(absent)}; {mend}"]
     found = []
-    tokenizer = read_json(directory / "tokenizer.json")
-    ids = list(tokenizer["model"]["vocab"].values())
-    ids += [t["id"] for t in tokenizer.get("added_tokens", [])]
+    ids = list(_token_ids(directory).values())
     size = (read_json(directory / "config.json") or {}).get("vocab_size", 0)
     if max(ids) >= size:
         found.append(
@@ -147,7 +203,18 @@ def chat_template(directory: Path) -> str:
     template = (read_json(directory / "tokenizer_config.json") or {}).get("chat_template") or ""
     if isinstance(template, str):
         return template
-    return str(next(t["template"] for t in template if t["name"] == "default"))
+    named = {t["name"]: t["template"] for t in template}
+    return str(named.get("default", ""))
+
+
+def _token_ids(directory: Path) -> dict[str, int]:
+    """Read {token: id} from tokenizer.json; a Unigram's vocabulary is a list of (token, score)."""
+    tokenizer = read_json(directory / "tokenizer.json")
+    vocabulary = tokenizer["model"]["vocab"]
+    if isinstance(vocabulary, list):
+        vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
+    added = {t["content"]: t["id"] for t in tokenizer.get("added_tokens", [])}
+    return {**vocabulary, **added}
 
 
 def special_token(settings: dict[str, Any], key: str) -> Optional[str]:
@@ -184,10 +251,7 @@ def complete(weights: Path, assets: Path) -> None:
     for name in names:
         if (assets / name).exists():
             shutil.copyfile(assets / name, weights / name)
-    tokenizer = read_json(weights / "tokenizer.json")
-    settings = read_json(weights / "tokenizer_config.json")
-    ids = dict(tokenizer["model"]["vocab"])
-    ids.update({t["content"]: t["id"] for t in tokenizer.get("added_tokens", [])})
+    settings, ids = read_json(weights / "tokenizer_config.json"), _token_ids(weights)
     if not (weights / "special_tokens_map.json").exists():
         keys = ("bos_token", "eos_token", "pad_token")
         tokens = {key: special_token(settings, key) for key in keys if settings.get(key)}
@@ -195,7 +259,7 @@ def complete(weights: Path, assets: Path) -> None:
     if not (weights / "generation_config.json").exists():
         ends = (special_token(settings, "eos_token"), *TURN_ENDS)
         generation = {
-            "bos_token_id": ids.get(special_token(settings, "bos_token")),
+            "bos_token_id": ids.get(special_token(settings, "bos_token") or ""),
             # Without the end of a turn here vLLM never stops an answer.
             "eos_token_id": [ids[token] for token in ends if token in ids],
             "do_sample": False,

@@ -22,13 +22,14 @@ LEAST_PINNED = 1 << 30  # bytes; NCCL's buffers of a node with eight GPUs
 
 def parameters(config: Mapping[str, Any]) -> int:
     """Count the parameters of a Llama from its config.json: embeddings and output; in each layer
-    four attention projections, three of the feed-forward and two norms; a last norm.
+    four attention projections, three of the feed-forward and two norms; a last norm. Of another
+    dense decoder it is an estimate.
 
-    Raises KeyError for a config that is no Llama's.
+    Raises KeyError for a config without these sizes.
     """
     dim, heads = config["hidden_size"], config["num_attention_heads"]
     head = config.get("head_dim") or dim // heads
-    attention = 2 * dim * head * (heads + config.get("num_key_value_heads", heads))
+    attention = 2 * dim * head * (heads + (config.get("num_key_value_heads") or heads))
     layer = attention + 3 * dim * config["intermediate_size"] + 2 * dim
     embeddings = config["vocab_size"] * dim * (1 if config.get("tie_word_embeddings") else 2)
     return int(embeddings + config["num_hidden_layers"] * layer + dim)

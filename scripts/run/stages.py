@@ -15,7 +15,8 @@ class StageRow(NamedTuple):
     ranks: bool = False  # starts NODES × GPUS ranks; any other stage is one process
     spreads: bool = False  # that process may run on each of NODES, and share the work
     from_scratch: bool = False  # needs no FROM: the architecture of MODEL is enough
-    has_config: bool = True  # has a config, and takes ARGS
+    recipe: str = ""  # the configs/<stage>/<recipe>.* that it takes unless RECIPE says which
+    large: str = ""  # the one for a model that is too large for one GPU to train whole
     in_line: bool = True  # belongs to make pipeline
     trains_on: str = ""  # the kind of rows in its sets: text, chat or pair
     least_ranks: int = 1  # with fewer there is nothing to do
@@ -24,6 +25,11 @@ class StageRow(NamedTuple):
     def module(self) -> str:
         """Name its script, as in scripts.<module>; a name may have a -, a module may not."""
         return self.name.replace("-", "_")
+
+    @property
+    def has_config(self) -> bool:
+        """Tell whether the stage has a config, and takes ARGS."""
+        return bool(self.recipe) or "corpus" in self.reads
 
     @property
     def alone(self) -> bool:
@@ -40,15 +46,27 @@ class StageRow(NamedTuple):
 TABLE = (
     StageRow("data", ("corpus", "model"), "sets", spreads=True, from_scratch=True),
     StageRow(
-        "pretrain", ("sets", "model"), "model", ranks=True, from_scratch=True, trains_on="text"
+        "pretrain",
+        ("sets", "model"),
+        "model",
+        ranks=True,
+        from_scratch=True,
+        recipe="full",
+        trains_on="text",
     ),
-    StageRow("finetune", ("sets", "model"), "model", ranks=True, trains_on="chat"),
-    StageRow("align", ("sets", "model"), "model", ranks=True, trains_on="pair"),
-    StageRow("evaluate", ("sets", "model"), "verdict"),
-    StageRow("deploy", ("model",), "service"),
     StageRow(
-        "nccl-check", (), "report", ranks=True, has_config=False, in_line=False, least_ranks=2
+        "finetune",
+        ("sets", "model"),
+        "model",
+        ranks=True,
+        recipe="full",
+        large="lora",
+        trains_on="chat",
     ),
+    StageRow("align", ("sets", "model"), "model", ranks=True, recipe="dpo", trains_on="pair"),
+    StageRow("evaluate", ("sets", "model"), "verdict", recipe="heldout"),
+    StageRow("deploy", ("model",), "service", recipe="serve"),
+    StageRow("nccl-check", (), "report", ranks=True, in_line=False, least_ranks=2),
 )
 
 

@@ -11,8 +11,10 @@ from typing import Any
 from scripts.job.rank import Rank
 from scripts.run import gate
 from scripts.run.errors import InputError
+from scripts.run.files import read_json
 from scripts.tools import patches
 from scripts.tools.config_check import against_dataclass
+from scripts.tools.decoder import attention
 
 RESULTS, BEFORE = "results", "before"  # where in the stage's directory lm-eval writes
 
@@ -68,7 +70,8 @@ def evaluate(rank: Rank) -> None:
         evaluator.evaluate = evaluate_with_phase  # called when the model is loaded
         rank.phase(f"loads {which}")
         # On the command line model_args replace the config's, so these carry both.
-        model = json.dumps({**config.get("model_args", {}), "pretrained": str(source)})
+        own = attention(read_json(source / "config.json"))
+        model = json.dumps({**own, **config.get("model_args", {}), "pretrained": str(source)})
         sys.argv = ["lm_eval", "run", "--config", str(rank.config), "--include_path", str(tasks)]
         sys.argv += ["--output_path", str(rank.directory / folder), "--log_samples"]
         sys.argv += ["--tasks", ",".join(names), "--model_args", model, *rank.arguments]

@@ -15,22 +15,26 @@ from scripts.tools.checkpoints import misfit
 from scripts.tools.config_check import against_dataclass
 from scripts.tools.data_check import tokenizer_differs
 
-SPEC = "relay"  # the name under which the run's model and text are registered with torchtitan
+FLAVOR = "relay"  # what torchtitan calls the run's model and text
 
 
 def overrides(stage: Rank) -> list[str]:
     """Return what the run decides, as torchtitan's own flags; the user's flags follow and win."""
+    import torch
+
     flags = {
-        "model.name": SPEC,
-        "model.flavor": SPEC,
+        "model.flavor": FLAVOR,
         "model.hf_assets_path": str(_assets(stage)),
-        "training.dataset": SPEC,
+        "training.dataset": FLAVOR,
         "job.dump_folder": str(stage.directory),
         "checkpoint.folder": "checkpoints",
         "metrics.save_tb_folder": f"metrics/attempt-{stage.attempt_number}",
     }
     if stage.facts.get("FROM"):
         flags["checkpoint.initial_load_path"] = str(stage.path("FROM"))
+    if not torch.accelerator.is_available():
+        # A CPU without AVX512-BF16 or AMX emulates bfloat16, ten times slower.
+        flags["training.mixed_precision_param"] = "float32"
     given = [word for key, value in flags.items() for word in (f"--{key}", value)]
     if stage.facts.get("FROM"):
         given += ["--checkpoint.initial_load_in_hf"]
@@ -66,11 +70,11 @@ def check(stage: Rank, config) -> None:
     """Raise InputError with all that torchtitan would find out late or not at all."""
     import torch
 
-    from scripts.tools.architecture import read_architecture
+    from scripts.tools.decoder import context as longest
 
     world = stage.environment.world
     found = torchtitan_options.problems(config, world, not torch.accelerator.is_available())
-    context = read_architecture(_assets(stage) / "config.json")["context"]
+    context = longest(_assets(stage) / "config.json")
     made = read_json(stage.path("DATA") / "data.json")
     tokens = made["tokens"]
     if not tokens:
@@ -118,9 +122,11 @@ def _needs(stage: Rank, config, world: int) -> list[str]:
     import torch
     from torchtitan.config import TORCH_DTYPE_MAP
 
-    count = preflight.parameters(read_json(_assets(stage) / "config.json"))
-    weights = count * TORCH_DTYPE_MAP[config.training.dtype].itemsize
-    export = count * TORCH_DTYPE_MAP[config.checkpoint.export_dtype].itemsize
+    from scripts.tools.decoder import count
+
+    parameters = count(_assets(stage))
+    weights = parameters * TORCH_DTYPE_MAP[config.training.dtype].itemsize
+    export = parameters * TORCH_DTYPE_MAP[config.checkpoint.export_dtype].itemsize
     saves = config.training.steps // config.checkpoint.interval + 1
     # Two more than are kept: torchtitan lists what to remove before a save has made its folder,
     # and not after the last.
@@ -146,12 +152,14 @@ def train(stage: Rank) -> None:
     Raises InputError.
     """
     from scripts.tools import patches
+    from scripts.tools.decoder import tell_unproven
 
     stage.phase("imports torchtitan")
     patches.torchtitan(stage.environment.world)
     config = load_config(stage)
     check(stage, config)
-    _register(stage)
+    _register(stage, config.model.name)
+    tell_unproven(stage, _assets(stage))
     folder, newest = stage.directory / "checkpoints", None
     if stage.first:  # the other ranks wait for this one in their first collective
         newest = agreement.step_to_go_on_from(stage)
@@ -245,25 +253,23 @@ def export(trainer, directory: Path) -> None:
     dist.barrier()
 
 
-def _register(stage: Rank) -> None:
-    """Make torchtitan know the run's model and token shards under the name SPEC."""
+def _register(stage: Rank, name: str) -> None:
+    """Make torchtitan know the run's model and token shards under a name of train_spec()."""
     from torchtitan.components import validate
-    from torchtitan.models.llama3 import get_train_spec
     from torchtitan.protocols.train_spec import register_train_spec
 
-    from scripts.tools.architecture import torchtitan_model_args
     from scripts.tools.torchtitan_data import builder, validation_builder
+    from scripts.tools.torchtitan_model import train_spec
 
     data = stage.path("DATA")
     vocabulary = read_json(data / "data.json")["vocabulary"]
     # Its validator asks for this by name, and would download allenai/c4.
     validate.build_text_validation_dataloader = validation_builder(data / HELD_TEXT, vocabulary)
     spec = dataclasses.replace(
-        get_train_spec(),
-        model_args={SPEC: torchtitan_model_args(_assets(stage) / "config.json")},
+        train_spec(name, FLAVOR, _assets(stage)),
         build_dataloader_fn=builder(data / "text", vocabulary),
     )
-    register_train_spec(SPEC, spec)
+    register_train_spec(name, spec)
 
 
 def _report_progress(stage: Rank, trainer) -> None:

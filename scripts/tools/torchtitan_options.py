@@ -53,6 +53,12 @@ GPU_ALONE: dict[str, tuple[Any, str]] = {
     "profiling.enable_profiling": (False, "torchtitan's profiler asks for a GPU"),
     "profiling.enable_memory_snapshot": (False, "it records a GPU's memory"),
 }
+# What transformers' models have no form of here; torchtitan's own do: --model.name llama3 or qwen3.
+OWN_ALONE: dict[str, Any] = {
+    "parallelism.tensor_parallel_degree": 1,
+    "parallelism.context_parallel_degree": 1,
+    "model.converters": [],
+}
 CONVERTERS = ("linear.float8", "linear.mx", "grouped_mm.float8", "grouped_mm.mx")
 
 
@@ -64,6 +70,12 @@ def problems(config: Any, world: int, on_cpu: bool) -> list[str]:
         value = attrgetter(name)(config)
         if value != works:
             found.append(f"{name} must be {json.dumps(works)}, not {json.dumps(value)}: {why}")
+    for name, works in OWN_ALONE.items() if config.model.name == "decoder" else ():
+        if attrgetter(name)(config) != works:
+            why = (
+                "the model is transformers'; torchtitan's own has it: --model.name llama3 or qwen3"
+            )
+            found.append(f"{name} must be {json.dumps(works)}: {why}")
     if config.activation_checkpoint.mode == "memory_budget":
         found.append('activation_checkpoint.mode "memory_budget" needs compile.enable; use "full"')
     if on_cpu and config.checkpoint.async_mode == "async_with_pinned_mem":

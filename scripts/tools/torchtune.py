@@ -1,43 +1,40 @@
-"""torchtune around the pinned release: config completed, keys checked, stock recipe run.
+"""torchtune around the pinned release: a stock recipe checked, run and reported.
 
 Finetune and align differ in their config and in the set they train on, nowhere else.
 """
 
 from __future__ import annotations
 
-import glob
 import importlib.util
 import inspect
 import os
-import re
+import shutil
 import sys
 from pathlib import Path
-from typing import Any, Optional
 
 from scripts.job.parent import Parent
 from scripts.job.rank import Rank
 from scripts.run import preflight
 from scripts.run.errors import InputError
 from scripts.run.files import read_json
-from scripts.run.modeldir import hand_over, problems, weight_files
-from scripts.tools.config_check import against_signature, unknown, wrong_type
+from scripts.run.modeldir import hand_over, parameter_count, problems, untrainable
 from scripts.tools.data_check import tokenizer_differs
+from scripts.tools.torchtune_config import device, load_config, teacher_of, wrong_keys
 from scripts.tools.torchtune_config_keys import DISTRIBUTED, KEYS, SINGLE_DEVICE, STARTS_GROUP
 
 WANTED = {"sft": "conversations to finetune on", "preference": "pairs of answers to align on"}
 KIND = {"sft": "chat", "preference": "pair"}  # data.json's words for what the folders hold
-OWN_KEYS = {"recipe", "save_every_n_steps"}  # ours: the stock recipe, and how often it saves
 
 
 def main(stage: Parent) -> dict:
-    """Check that the input model is whole, run the ranks, hand over the last epoch's weights
-    without adapter files.
+    """Check that the input model is whole, run the ranks, hand over the last epoch's weights;
+    an adapter, which they contain, stays in adapter/ in PEFT's format.
 
     Returns what goes into stage.json. Raises InputError, Stopped after a stop that was asked for,
     RankFailed if a rank fails.
     """
     source, data = stage.path("FROM"), stage.path("DATA")
-    found = problems(source)
+    found = problems(source) or untrainable(source / "config.json")
     if found:
         raise InputError(found)
     stage.ranks()
@@ -45,12 +42,17 @@ def main(stage: Parent) -> dict:
     newest = max(epochs, key=lambda path: int(path.name.split("_")[1]))
     for leftover in newest.glob("*.pt"):
         leftover.unlink()  # adapters as pickle: only safetensors go between stages
-    for part in newest.glob("adapter_*"):
-        part.unlink()
+    if (newest / "adapter").exists():
+        # Beside the merged weights transformers would apply it a second time.
+        shutil.rmtree(stage.directory / "adapter", ignore_errors=True)
+        os.replace(newest / "adapter", stage.directory / "adapter")
     stage.phase("hands the model over")
     model = hand_over(newest, source, stage.directory / "model", stage.digests)
+    teacher = teacher_of(stage.arguments)
+    more = {"teacher": stage.digests.describe(teacher)} if teacher else {}
+    describe = stage.digests.describe
     return {
-        "inputs": {"model": stage.digests.describe(source), "data": stage.digests.describe(data)},
+        "inputs": {"model": describe(source), "data": describe(data), **more},
         "outputs": {"model": model},
         "summary": stage.progress,
     }
@@ -71,6 +73,7 @@ def train(stage: Rank, dataset: str) -> None:
     import torch.distributed as dist
     from torchtune.training import get_distributed_backend
 
+    from scripts.tools.decoder import tell_unproven
     from scripts.tools.torchtune_resume import Resumable
 
     cfg = load_config(stage, dataset)
@@ -79,6 +82,7 @@ def train(stage: Rank, dataset: str) -> None:
     check(stage, cfg, dataset)
     if is_distributed(cfg.recipe, world) and cfg.recipe not in STARTS_GROUP:
         dist.init_process_group(get_distributed_backend(cfg.device))
+    tell_unproven(stage, stage.path("FROM"))
     stage.phase("loads the model")
     recipe = recipe_class(cfg=cfg)
     recipe.setup(cfg=cfg)
@@ -88,54 +92,6 @@ def train(stage: Rank, dataset: str) -> None:
     recipe.train()
     batches.wait()
     recipe.cleanup()
-
-
-def device(config: str, arguments: list[str]) -> str:
-    """Return the device that a config's text and the key=value arguments name, the last argument
-    first; "" if none does."""
-    given = [word[len("device=") :] for word in arguments if word.startswith("device=")]
-    found = re.search(r"^device:\s*[\"']?(\w+)", config, re.M)
-    return given[-1] if given else found[1] if found else ""
-
-
-def load_config(stage: Rank, dataset: str):
-    """Merge the frozen YAML, what the run decides, and the user's key=value arguments.
-
-    Later ones win. Returns torchtune's DictConfig. Raises InputError.
-    """
-    from omegaconf import OmegaConf
-    from torchtune.config._parse import TuneRecipeArgumentParser
-    from torchtune.config._utils import _merge_yaml_and_cli_args
-
-    source = stage.path("FROM")
-    run = {
-        "output_dir": str(stage.directory / "checkpoints"),
-        "checkpointer.checkpoint_dir": str(source),
-        "checkpointer.checkpoint_files": weight_files(source),
-        "checkpointer.output_dir": str(stage.directory / "checkpoints"),
-        "model.model_dir": str(source),
-        "tokenizer.path": str(source),
-        "tokenizer.max_seq_len": read_json(stage.path("DATA") / "data.json")["max_seq_len"],
-        # datasets takes [ ] * ? in a path for a pattern.
-        "dataset.data_files": [
-            glob.escape(str(path))
-            for path in sorted((stage.path("DATA") / dataset).glob("*.jsonl"))
-        ],
-        "metric_logger.log_dir": str(
-            stage.directory / "metrics" / f"attempt-{stage.attempt_number}"
-        ),
-    }
-    try:
-        parser = TuneRecipeArgumentParser()
-        given = ["--config", str(stage.config), *stage.arguments]
-        values, arguments = parser.parse_known_args(given)
-        base = OmegaConf.create(vars(values))
-        for key, value in run.items():
-            OmegaConf.update(base, key, value, force_add=True)
-        values.__dict__ = OmegaConf.to_container(base, resolve=False)
-        return _merge_yaml_and_cli_args(values, arguments)
-    except Exception as error:  # YAML, OmegaConf and torchtune each raise their own
-        raise InputError(f"{stage.config} with ARGS={stage.arguments}: {error}") from None
 
 
 def is_distributed(name: str, world: int) -> bool:
@@ -203,8 +159,7 @@ def _needs(stage: Rank, cfg) -> list[str]:
     """
     from torchtune.training import get_dtype
 
-    parameters = preflight.parameters(read_json(stage.path("FROM") / "config.json"))
-    weights = parameters * get_dtype(cfg.dtype).itemsize
+    weights = parameter_count(stage.path("FROM")) * get_dtype(cfg.dtype).itemsize
     full = "save_adapter_weights_only" not in KEYS[cfg.recipe]  # else it has adapters to save
     reference = weights if cfg.recipe.startswith("full_dpo") else 0
     share = (weights * (4 if full else 1) + reference) / stage.environment.nodes
@@ -213,49 +168,6 @@ def _needs(stage: Rank, cfg) -> list[str]:
     return found + (
         preflight.memory_problems(share, "training here") if cfg.device == "cpu" else []
     )
-
-
-def wrong_keys(cfg) -> list[str]:
-    """Return a config's unknown keys, wrong types and missing components, for its recipe."""
-    from torchtune.config._utils import _get_component_from_path
-
-    known = KEYS[cfg.recipe] | OWN_KEYS
-    found = []
-    for key, value in cfg.items():
-        if key not in known:
-            found.append(unknown(key, known))
-        elif hasattr(value, "items") and "_component_" in value:
-            try:
-                component = _get_component_from_path(value["_component_"])
-            except Exception as error:
-                found.append(f"{key}._component_: {error}")
-                continue
-            arguments = {name: item for name, item in value.items() if name != "_component_"}
-            found += against_signature(component, arguments, f"{key}.")
-        elif key in TYPES and (problem := wrong_type(value, TYPES[key])):
-            found.append(f"{key} = {value!r}: {problem}")
-    return found
-
-
-# Types of the recipes' own keys, as the configs that torchtune ships use them (recipes/configs/).
-TYPES: dict[str, Any] = {
-    "batch_size": int,
-    "epochs": int,
-    "gradient_accumulation_steps": int,
-    "log_every_n_steps": int,
-    "max_steps_per_epoch": Optional[int],
-    "seed": Optional[int],
-    "save_every_n_steps": Optional[int],
-    "shuffle": bool,
-    "compile": bool,
-    "resume_from_checkpoint": bool,
-    "optimizer_in_bwd": bool,
-    "log_peak_memory_stats": bool,
-    "output_dir": str,
-    "device": str,
-    "dtype": str,
-    "recipe": str,
-}
 
 
 def _report_progress(stage: Rank, recipe) -> None:

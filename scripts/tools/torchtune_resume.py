@@ -43,6 +43,7 @@ class Resumable:
         self.saving, self.random = None, None
         self.stop = agreement.Stop(rank)
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.schedule = getattr(recipe, "_lr_scheduler", None)  # qat has none
         recipe._dataloader = self
 
     def __len__(self) -> int:
@@ -87,7 +88,7 @@ class Resumable:
             "optimizer": get_optimizer_state_dict(
                 recipe._model, self._optimizers(), options=TRAINED
             ),
-            "schedule": recipe._lr_scheduler.state_dict() if recipe._lr_scheduler else {},
+            "schedule": self.schedule.state_dict() if self.schedule else {},
             "progress": {"step": recipe.global_step, "epochs": recipe.epochs_run},
             f"random-{self.rank.number}": random_state(),
         }
@@ -143,8 +144,8 @@ class Resumable:
         set_model_state_dict(recipe._model, state["model"], options=TRAINED)
         optimizers = self._optimizers()
         set_optimizer_state_dict(recipe._model, optimizers, state["optimizer"], options=TRAINED)
-        if recipe._lr_scheduler:
-            recipe._lr_scheduler.load_state_dict(state["schedule"])
+        if self.schedule:
+            self.schedule.load_state_dict(state["schedule"])
         recipe.global_step = state["progress"]["step"]
         recipe.epochs_run = state["progress"]["epochs"]
         self.random = state[f"random-{self.rank.number}"]

@@ -11,6 +11,8 @@ CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": 4,
+    "hidden_size": 4,
+    "num_attention_heads": 1,
     "num_hidden_layers": 2,
 }
 TOKENIZER = {
