@@ -4,8 +4,8 @@
 PYTHON  ?= python3
 CLUSTER ?= local
 OPTIONS := RUN MODEL RECIPE CLUSTER NODES GPUS FROM DATA ARGS STAGE DRY_RUN FORCE BIND PORT \
-  API_KEY_FILE PROMPT RUNS VALIDATION COLUMNS RUNTIME IMAGE MOUNTS SERVICE DOWNTIME DATA_ARGS \
-  PRETRAIN_ARGS FINETUNE_ARGS ALIGN_ARGS EVALUATE_ARGS DEPLOY_ARGS \
+  API_KEY_FILE PROMPT RUNS VALIDATION COLUMNS RUNTIME IMAGE MOUNTS SERVICE DOWNTIME MODELS REPO \
+  PUBLIC DATA_ARGS PRETRAIN_ARGS FINETUNE_ARGS ALIGN_ARGS EVALUATE_ARGS DEPLOY_ARGS \
   PRETRAIN_RECIPE FINETUNE_RECIPE ALIGN_RECIPE EVALUATE_RECIPE DEPLOY_RECIPE
 IMAGE_OPTIONS := ACCELERATOR BASE_IMAGE EFA TAG WHEELS TORCH_CPU OUT LINE
 # As they were given: make would read a $ in them as its own variable, and run a $(shell …).
@@ -24,7 +24,7 @@ LAUNCHER := scripts/run scripts/clusters scripts/launcher
 .PHONY: help setup demo pipeline data pretrain finetune align evaluate deploy undeploy rollback \
   chat nccl-check status logs lineage stop cancel clean models filters test test-all test-nightly \
   test-slurm test-kubernetes lint lock golden image squashfs sif image-push image-check sbom \
-  reinstall
+  reinstall download upload
 
 # STEPS=50 would train with the default. Names with a _ may be a program's, as SBATCH_TIMELIMIT.
 UNKNOWN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
@@ -40,16 +40,14 @@ help: ## This help
 	  'RUN=name' 'the run (default: the name of MODEL)' \
 	  'MODEL=debug' 'whose settings are taken (configs/models); the weights are those of FROM' \
 	  'RECIPE=lora' 'how the stage works (configs/<stage>); for pipeline: FINETUNE_RECIPE=…' \
-	  'CLUSTER=local|slurm|k8s' 'where stages run' \
-  'RUNTIME=docker|podman' 'with CLUSTER=local: run them in IMAGE= (docs/image.md)' \
+	  'CLUSTER=local|slurm|k8s' 'where stages run; local: RUNTIME=docker|podman in IMAGE=' \
 	  'NODES=1 GPUS=1' 'nodes, and processes on each' \
 	  'RUNS=folder' 'where runs are (default: runs/ here); in every command of a run' \
 	  'DATA=file|folder|id' 'your data (docs/data.md); default: the documentation inside this Python' \
   'VALIDATION= COLUMNS=' 'data: a share or a file to hold out; our=your names of columns' \
 	  'FROM=dir' 'start from this Hugging Face directory' \
 	  'ARGS="..."' 'arguments of the upstream tool; for pipeline: PRETRAIN_ARGS=… and so on' \
-	  'BIND= PORT= FORCE=1' 'deploy: address, port, serve without a verdict; API_KEY_FILE=…' \
-	  'SERVICE=name' 'with CLUSTER=k8s: the name it is served under (default: the run)' \
+	  'BIND= PORT= FORCE=1' 'deploy: address, port, without a verdict; API_KEY_FILE=… SERVICE=…' \
 	  'DRY_RUN=1' 'print what would run, to read or paste; touch nothing'
 
 ##@ The line
@@ -77,6 +75,10 @@ rollback: ## Serve again what SERVICE= had before, with CLUSTER=k8s
 	@$(LAUNCH) $@
 nccl-check: $(VENV) ## Speed and transport of the network between NODES × GPUS ranks; slow nodes
 	@$(LAUNCH) $@
+download: .venv/installed ## MODEL= (or org/name) of the hub → MODELS= (models/), as FROM takes it
+	@.venv/bin/python -m scripts.download
+upload: .venv/installed ## The model of RUN, or of STAGE= of it → REPO=org/name; PUBLIC=1 FORCE=1
+	@.venv/bin/python -m scripts.upload
 
 ##@ A run
 status: ## What is done, running, failed

@@ -89,6 +89,13 @@ def test_lineage_walks_from_the_served_model_to_the_corpus(demo):
         assert record["inputs"]["data"]["digest"] == sets, f"{stage}: the record names other data"
 
 
+def test_the_model_card_tells_every_stage_and_score(demo):
+    card = make("upload", RUN="demo", REPO="me/demo", DRY_RUN="1").stdout
+    assert [stage for stage in TRAINED if f"\n| {stage} | " not in card] == [], card
+    assert "| relay_text/bits_per_byte | " in card, card
+    assert "It kept every bound." in card, card
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "align"])
 def test_handed_on_models_have_equal_logits_everywhere(demo, stage):
     directory = demo["run"] / stage / "model"

@@ -29,6 +29,8 @@ ROOMS = {  # what each may import, beside itself
     "conductor": {"run"},
     "rollout": {"conductor", "job", "run"},
     "serve": {"tools", "job", "run"},
+    "download": {"tools", "run"},
+    "upload": {"launcher", "tools", "run"},
 }
 LAUNCHER_SIDE = ("run", "clusters", "launcher", "launch", "volume", "conductor")
 UPSTREAM = {"torchtitan", "torchtune", "lm_eval", "vllm"}

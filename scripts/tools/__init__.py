@@ -1,5 +1,6 @@
 """Upstream: the only room that imports torchtitan, torchtune, lm-eval and vLLM.
 
 It imports them inside functions, since each costs seconds. Stage scripts and scripts.components
-import this room. It imports scripts.job and scripts.run.
+import this room; scripts.download and scripts.upload its hub, the one module with huggingface_hub.
+It imports scripts.job and scripts.run.
 """

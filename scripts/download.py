@@ -1,0 +1,55 @@
+"""Bring a model of the Hugging Face hub here: MODEL → models/<model>/, which stages take as FROM=.
+
+    MODEL=org/name .venv/bin/python -m scripts.download    or MODEL=<name>, org/name@revision
+
+MODEL names a folder of configs/models/ with model.json (hub, revision, licence), or a repository of
+the hub. MODELS is the folder for all models; FORCE=1 replaces another revision; DRY_RUN=1 lists.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from scripts.run.errors import InputError, nearest
+from scripts.run.files import read_json
+from scripts.run.layout import ROOT
+from scripts.tools.hub import command
+from scripts.tools.hub_download import Download
+
+NAMED = ROOT / "configs/models"
+
+
+def download(env: Mapping[str, str]) -> str:
+    """Download MODEL; return what to say of it. Raises InputError or NotNow."""
+    model, _, revision = env.get("MODEL", "").strip().partition("@")
+    folder = Path(os.path.expanduser(env.get("MODELS", "").strip())) if env.get("MODELS") else None
+    about = described(model)
+    work = Download(
+        repository=about["hub"],
+        revision=revision or about.get("revision") or "main",
+        target=(folder or ROOT / "models") / model.replace("/", "--"),
+        force=env.get("FORCE", "") not in ("", "0"),
+        licence=about.get("licence", ""),
+    )
+    return work.run(dry_run=env.get("DRY_RUN", "") not in ("", "0"))
+
+
+def described(model: str) -> dict[str, str]:
+    """Return what model.json says of a named model; of a repository its name. Raises InputError."""
+    if model.count("/") == 1:
+        return {"hub": model}
+    about = read_json(NAMED / model / "model.json") if model and "/" not in model else None
+    if about:
+        return dict(about)
+    known = sorted(path.parent.name for path in NAMED.glob("*/model.json"))
+    if model and (NAMED / model).is_dir():
+        names = ", ".join(known)
+        raise InputError(f"MODEL={model}: is born here, from random weights; to download: {names}")
+    raise InputError(f"MODEL={model}: {nearest(model, known)} Or a repository: MODEL=org/name")
+
+
+if __name__ == "__main__":
+    sys.exit(command(download))

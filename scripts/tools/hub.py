@@ -1,0 +1,227 @@
+"""The Hugging Face hub: the only module that imports huggingface_hub for a download or an upload.
+
+The library reads HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and the token of `hf auth login` itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import httpx2
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, errors
+from huggingface_hub.file_download import get_hf_file_metadata, hf_hub_url, http_get
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import build_hf_headers, get_token
+from huggingface_hub.utils.sha import git_hash
+
+from scripts.run.digests import sha256
+from scripts.run.errors import DONE, SAVED, WRONG_INPUT, InputError
+
+PATIENCE = 10  # seconds for the hub's first answer
+MOST = constants.MAX_HTTP_DOWNLOAD_SIZE  # bytes of one file that it sends over plain http
+ENDPOINT = constants.ENDPOINT
+LOGIN = "HF_TOKEN=…, or .venv/bin/hf auth login"
+WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth")
+
+
+class NotNow(Exception):
+    """Say why the hub cannot be used now, and the exit code that this means."""
+
+    def __init__(self, said: str, code: int = SAVED):
+        super().__init__(said)
+        self.code = code
+
+
+class HubFile(NamedTuple):
+    """Describe one file of a repository, with the hash that the hub has of it."""
+
+    path: str
+    size: int
+    hash: str  # sha256 of a large one, git's own of a small one
+    large: bool
+
+    def hash_of(self, path: Path) -> str:
+        """Compute the same hash of a file here."""
+        return sha256(path) if self.large else git_hash(path.read_bytes())
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Hold what the hub says of one commit of a repository: the files at its top."""
+
+    repository: str
+    revision: str
+    commit: str
+    licence: dict[str, str]  # licence; licence_name and licence_link where it is the model's own
+    files: dict[str, HubFile]
+
+    def address(self, name: str) -> str:
+        """Return the URL of a file at this commit."""
+        return hf_hub_url(self.repository, name, revision=self.commit)
+
+    def probe(self, name: str) -> None:
+        """Ask for a file's size: of a gated repository anybody may list the files, and only their
+        own addresses are refused. Raises InputError or NotNow."""
+        with told(self.repository, self.revision):
+            get_hf_file_metadata(self.address(name), timeout=PATIENCE)
+
+    def fetch(self, file: HubFile, out: BinaryIO) -> None:
+        """Append to a file what is still missing of it. Raises InputError or NotNow."""
+        # Not packed on the way: a byte range must be one of the file itself.
+        headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+        with told(self.repository, self.revision):
+            http_get(
+                self.address(file.path),
+                out,
+                resume_size=out.tell(),
+                headers=headers,
+                expected_size=file.size,
+                displayed_filename=file.path,
+            )
+
+
+@contextlib.contextmanager
+def told(repository: str, revision: str = "") -> Iterator[None]:
+    """Turn what the library raises into one sentence with its mend: InputError or NotNow."""
+    page, token = f"{ENDPOINT}/{repository}", get_token()
+    try:
+        yield
+    except errors.GatedRepoError:
+        known = "the account of your token has no access" if token else "no token was given"
+        mend = "ask for it" if token else f"give one ({LOGIN}) that has accepted its terms"
+        raise InputError(f"{repository}: gated, and {known}; {mend} at {page}") from None
+    except errors.RepositoryNotFoundError:
+        known = "the account of your token may not read" if token else f"needs a token ({LOGIN})"
+        raise InputError(
+            f"{repository}: no such repository on {ENDPOINT}, or a private one that {known}"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise InputError(
+            f"{repository}: has no revision {revision}; {page}/commits/main shows what there is"
+        ) from None
+    except errors.HFValidationError as error:
+        said = str(error).split("\n")[0]
+        raise InputError(f"{repository}: no repository's name: {said}") from None
+    except errors.OfflineModeIsEnabled:
+        raise NotNow(
+            f"{repository}: HF_HUB_OFFLINE is set; unset it, or give FROM= a directory that is "
+            "there already",
+            WRONG_INPUT,
+        ) from None
+    except errors.HfHubHTTPError as error:
+        status, said = error.response.status_code, error.server_message or str(error)
+        if status in (408, 429) or status >= 500:
+            again = "the same command goes on later"
+            raise NotNow(f"{repository}: the hub answers {status}; {again}") from None
+        if status == 401:
+            mend = f"give a valid one: {LOGIN}"
+            raise InputError(f"{ENDPOINT}: does not know your token; {mend}") from None
+        raise InputError(
+            f"{repository}: the hub refuses with {status}: {said.strip()}"
+            + ("; take a token that may do this" if status == 403 else "")
+        ) from None
+    except (httpx2.HTTPError, ConnectionError) as error:
+        kind = type(error).__name__
+        raise NotNow(
+            f"{repository}: {ENDPOINT} cannot be reached ({kind}); mend the network (or "
+            "HF_ENDPOINT), then the same command goes on"
+        ) from None
+    except OSError as error:
+        if "Consistency check failed" not in str(error):
+            raise
+        what = "a file came with another size than the hub says; the same command goes on"
+        raise NotNow(f"{repository}: {what}") from None
+
+
+def look(repository: str, revision: str) -> Snapshot:
+    """Ask the hub what a revision is and holds. Raises InputError or NotNow."""
+    api = HfApi()
+    with told(repository, revision):
+        info = api.model_info(repository, revision=revision, timeout=PATIENCE)
+        commit = info.sha or ""
+        tree = list(api.list_repo_tree(repository, revision=commit))
+    card = info.card_data.to_dict() if info.card_data else {}
+    words = {"license": "licence", "license_name": "licence_name", "license_link": "licence_link"}
+    licence = {ours: str(card[theirs]) for theirs, ours in words.items() if card.get(theirs)}
+    files = {}
+    for item in tree:
+        if isinstance(item, RepoFile) and "/" not in item.path:
+            known = item.lfs.sha256 if item.lfs else item.blob_id
+            files[item.path] = HubFile(item.path, item.size, known, bool(item.lfs))
+    return Snapshot(repository, revision, commit, licence, files)
+
+
+def put(
+    repository: str,
+    files: Mapping[str, Path | bytes],
+    message: str,
+    public: bool = False,
+    force: bool = False,
+) -> tuple[str, str]:
+    """Upload files as one commit, to a repository made for them. Returns its URL and the
+    commit.
+
+    One that holds files is written over with `force` alone; weights that it had and that are none
+    of these go, since loaders would read both. Raises InputError or NotNow.
+    """
+    if not get_token():
+        raise InputError(f"{repository}: to upload needs a token that may write; give {LOGIN}")
+    api, old, existed = HfApi(), [], False
+    with told(repository):
+        try:
+            api.create_repo(repository, private=not public)
+        except errors.HfHubHTTPError as error:
+            if error.response.status_code != 409:
+                raise
+            info, existed = api.model_info(repository, timeout=PATIENCE), True
+            old = [f.rfilename for f in info.siblings or [] if f.rfilename != ".gitattributes"]
+            if old and not force:
+                what = f"{ENDPOINT}/{repository} exists, with {len(old)} files"
+                mend = "give another REPO=, or FORCE=1 to write over it"
+                raise InputError(f"REPO={repository}: {what}; {mend}") from None
+            if not public and not info.private:
+                mend = "PUBLIC=1 if all may read the model, or another REPO="
+                raise InputError(f"REPO={repository}: is public already; give {mend}") from None
+        gone = [name for name in old if name.endswith(WEIGHTS) and name not in files]
+        commit = api.create_commit(
+            repository,
+            [
+                *(CommitOperationAdd(name, content) for name, content in files.items()),
+                *(CommitOperationDelete(name) for name in gone),
+            ],
+            commit_message=message,
+        )
+        if public and existed:
+            api.update_repo_settings(repository, private=False)
+    return f"{ENDPOINT}/{repository}", commit.oid
+
+
+def command(work: Callable[[Mapping[str, str]], str]) -> int:
+    """Do a command's work and say what came of it; return its exit code."""
+    try:
+        print(work(os.environ))
+        return DONE
+    except KeyboardInterrupt:
+        return 130
+    except NotNow as reason:
+        print(f"error: {reason}", file=sys.stderr)
+        return reason.code
+    except InputError as error:
+        found = error.problems
+    except OSError as error:  # no permission, a read-only disk, a file in the way
+        if error.errno == errno.ENOSPC:
+            print("error: the disk is full; free some, the same command goes on", file=sys.stderr)
+            return SAVED
+        if error.filename is None:
+            raise
+        found = [f"{error.filename}: {error.strerror}; choose another place"]
+    for problem in found:
+        print(f"error: {problem}", file=sys.stderr)
+    return WRONG_INPUT
