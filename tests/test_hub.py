@@ -247,11 +247,12 @@ def test_what_make_did_not_download_is_never_replaced(hub, models):
     ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else "",
 )
 def test_refused_in_words_within_seconds(hub, models, options, words):
-    hub.add("org/gated", MODEL, gated={"friend"})
+    small = {"config.json": b"{}", "model.safetensors": b"x"}
+    for name, about in (("org/gated", {"gated": {"friend"}}), ("org/huge", {})):
+        commit = hub.add(name, small, **about)  # gated is told before the size
+        hub.repositories[name].commits[commit]["model.safetensors"]["size"] = 9 * 10**14 - 2
     hub.add("org/private", MODEL, private=True)
     hub.add("org/pickles", {**TEXTS, "pytorch_model.bin": b"x"})
-    commit = hub.add("org/huge", {"config.json": b"{}", "model.safetensors": b"x"})
-    hub.repositories["org/huge"].commits[commit]["model.safetensors"]["size"] = 9 * 10**14 - 2
     began = time.monotonic()
     assert_refused(call("download", **options), *words)
     assert time.monotonic() - began < 10
@@ -415,13 +416,15 @@ def test_force_writes_over_a_repository_and_leaves_no_foreign_weights(hub, run):
     assert not repository.private
 
 
-def test_an_upload_that_was_cut_off_goes_on(hub, run):
+@pytest.mark.parametrize("fail", [("POST /api/models/me/mine/commit", 500), ("PUT /lfs/", 403)])
+def test_an_upload_that_was_cut_off_goes_on(hub, run, fail):
     """Its repository is there by then, with nothing but what the hub itself puts into it."""
-    hub.fail = "/commit/"
+    hub.fail = fail
     result = call("upload", REPO="me/mine")
     assert result.returncode == 75, said(result)
     assert "the same command goes on" in result.stderr
-    hub.fail = ""
+    assert "Traceback" not in result.stderr
+    hub.fail = ("", 0)
     works("upload", REPO="me/mine")
     assert len(hub.repositories["me/mine"].commits) == 2
 

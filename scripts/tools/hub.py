@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, errors
 from huggingface_hub.file_download import get_hf_file_metadata, hf_hub_url, http_get
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.hf_api import ModelInfo, RepoFile
 from huggingface_hub.utils import build_hf_headers, get_token
 from huggingface_hub.utils.sha import git_hash
 
@@ -129,15 +129,17 @@ def told(repository: str, revision: str = "") -> Iterator[None]:
         ) from None
     except (httpx2.HTTPError, ConnectionError) as error:
         kind = type(error).__name__
-        raise NotNow(
-            f"{repository}: {ENDPOINT} cannot be reached ({kind}); mend the network (or "
-            "HF_ENDPOINT), then the same command goes on"
-        ) from None
-    except OSError as error:
-        if "Consistency check failed" not in str(error):
+        mend = "mend the network (or HF_ENDPOINT), then the same command goes on"
+        if "xet" in str(error):  # with hf_xet installed the library tries nothing else
+            mend = f"if it is a mirror that has no xet, set HF_HUB_DISABLE_XET=1; else {mend}"
+        raise NotNow(f"{repository}: {ENDPOINT} cannot be reached ({kind}); {mend}") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        # The library's own words, for a transfer that ended otherwise than by the network.
+        known = ("Consistency check failed", "Error while uploading", "LFS batch API")
+        said = " ".join(str(error).split()).rstrip(".")
+        if not said.startswith(known):
             raise
-        what = "a file came with another size than the hub says; the same command goes on"
-        raise NotNow(f"{repository}: {what}") from None
+        raise NotNow(f"{repository}: {said}; the same command goes on") from None
 
 
 def look(repository: str, revision: str) -> Snapshot:
@@ -158,6 +160,14 @@ def look(repository: str, revision: str) -> Snapshot:
     return Snapshot(repository, revision, commit, licence, files)
 
 
+def about(api: HfApi, repository: str) -> ModelInfo | None:
+    """Return what the hub says of a repository, None if there is none that this token may see."""
+    try:
+        return api.model_info(repository, timeout=PATIENCE)
+    except errors.RepositoryNotFoundError:
+        return None
+
+
 def put(
     repository: str,
     files: Mapping[str, Path | bytes],
@@ -173,22 +183,21 @@ def put(
     """
     if not get_token():
         raise InputError(f"{repository}: to upload needs a token that may write; give {LOGIN}")
-    api, old, existed = HfApi(), [], False
+    api = HfApi()
     with told(repository):
-        try:
+        # Asked first, not created and refused: who may write to it may not be allowed to create.
+        there = about(api, repository)
+        names = [f.rfilename for f in there.siblings or []] if there else []
+        old = [name for name in names if name != ".gitattributes"]  # the hub's own
+        if old and not force:
+            what = f"{ENDPOINT}/{repository} exists, with {len(old)} files"
+            mend = "give another REPO=, or FORCE=1 to write over it"
+            raise InputError(f"REPO={repository}: {what}; {mend}")
+        if there and not there.private and not public:
+            mend = "PUBLIC=1 if all may read the model, or another REPO="
+            raise InputError(f"REPO={repository}: is public already; give {mend}")
+        if not there:
             api.create_repo(repository, private=not public)
-        except errors.HfHubHTTPError as error:
-            if error.response.status_code != 409:
-                raise
-            info, existed = api.model_info(repository, timeout=PATIENCE), True
-            old = [f.rfilename for f in info.siblings or [] if f.rfilename != ".gitattributes"]
-            if old and not force:
-                what = f"{ENDPOINT}/{repository} exists, with {len(old)} files"
-                mend = "give another REPO=, or FORCE=1 to write over it"
-                raise InputError(f"REPO={repository}: {what}; {mend}") from None
-            if not public and not info.private:
-                mend = "PUBLIC=1 if all may read the model, or another REPO="
-                raise InputError(f"REPO={repository}: is public already; give {mend}") from None
         gone = [name for name in old if name.endswith(WEIGHTS) and name not in files]
         commit = api.create_commit(
             repository,
@@ -198,7 +207,7 @@ def put(
             ],
             commit_message=message,
         )
-        if public and existed:
+        if public and there and there.private:
             api.update_repo_settings(repository, private=False)
     return f"{ENDPOINT}/{repository}", commit.oid
 

@@ -5,6 +5,7 @@ in one folder, each file named by its sha256.
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
@@ -48,7 +49,7 @@ class Hub:
         self.cut: dict[str, int] = {}  # path: break the connection after so many bytes, once
         self.stall: dict[str, int] = {}  # path: send no more after so many bytes, once
         self.flip: dict[str, int] = {}  # path: flip a byte of the next so many transfers
-        self.fail = ""  # answer 500 to every path with this in it
+        self.fail = ("", 0)  # answer this status where method and path have this in them
         self.lock = threading.Lock()
         self.port = 0
         self.open()
@@ -112,8 +113,9 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if token and not token.startswith("hf_"):
                 raise Refused(401, "", "Invalid credentials in Authorization header")
-            if self.hub.fail and self.hub.fail in path:
-                raise Refused(500, "", "Internal Server Error")
+            part, status = self.hub.fail
+            if part and part in f"{self.command} {path}":
+                raise Refused(status, "", "as the test asked for")
             for methods, pattern, action in ROUTES:
                 match = re.fullmatch(pattern, path)
                 if match and self.command in methods:
@@ -229,7 +231,8 @@ class Handler(BaseHTTPRequestHandler):
             hub.flip[path] = max(0, flip - 1)
         for bound in (cut, stall):
             left = left if bound is None else min(left, bound)
-        with content.open("rb") as source:
+        # A client that was killed has closed its end.
+        with content.open("rb") as source, contextlib.suppress(ConnectionError):
             source.seek(start)
             while left > 0:
                 data = bytearray(source.read(min(1 << 20, left)))
