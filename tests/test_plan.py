@@ -178,6 +178,30 @@ def test_a_verdict_tells_of_the_models_before(checkout, tmp_path):
     assert told("evaluate", FROM=str(parent), **data) == {}
 
 
+def test_a_downloaded_model_is_taken_where_the_run_has_none(checkout, tmp_path):
+    """pretrain by itself starts from random weights all the same; a pipeline goes on from it."""
+    name = "smollm2_135m"
+    options = {"MODEL": name, "MODELS": str(tmp_path / "models"), "RUN": "x", "DRY_RUN": "1"}
+    result = launch(checkout, "finetune", **options)
+    assert "give FROM=<Hugging Face directory>, or make download" in result.stderr
+    (tmp_path / "models").mkdir()
+    model = write_model(tmp_path / "models" / name)
+    assert "or make download" in launch(checkout, "finetune", **options).stderr, (
+        "not ours: no record"
+    )
+    (model / "download.json").write_text("{}")
+
+    def sources(verb):
+        shown = launch(checkout, verb, **options)
+        assert shown.returncode == 0, shown.stderr
+        return re.findall(r"^FROM=(.*)$", shown.stdout, re.M)
+
+    assert sources("finetune") == [str(model)] * 2, "data for its tokenizer, then finetune"
+    assert sources("pretrain") == []
+    run = ["runs/x/pretrain/model", "runs/x/finetune/model", *["runs/x/align/model"] * 2]
+    assert sources("pipeline") == [*[str(model)] * 2, *run]
+
+
 def test_data_is_spread_over_nodes_where_it_is_asked_for(checkout):
     """Its bytes do not depend on the nodes, so that another number of them is no other setting."""
     here = {"CLUSTER": "slurm", "RUN": "x", "DRY_RUN": "1"}

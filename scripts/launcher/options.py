@@ -40,6 +40,7 @@ class Options:
     validation: str = ""
     columns: str = ""
     from_: str = ""  # FROM
+    downloaded: str = ""  # where make download has put the model, for a stage that has no other
     stage: str = ""
     bind: str = ""
     port: str = "8000"
@@ -105,6 +106,10 @@ def read(verb: str, env: Mapping[str, str]) -> Options:
         found.append(f"RECIPE: which stage of the pipeline? Use {_each('RECIPE')} instead")
     if given.text("SERVICE") and not CLUSTERS.get(cluster, Cluster).names_services:
         found.append(f"SERVICE: CLUSTER={cluster} serves a run under no other name; leave it out")
+    model = model or _model_of(run, given.text("FROM"))
+    born = row and row.from_scratch and row.ranks  # asked for by itself: from random weights
+    place = Path(given.path("MODELS") or ROOT / "models", model)
+    downloaded = model and not born and (place / "download.json").exists()
     columns = given.columns()
     found += given.problems
     if found:
@@ -112,7 +117,7 @@ def read(verb: str, env: Mapping[str, str]) -> Options:
     return Options(
         verb=verb,
         run=run,
-        model=model or _model_of(run, given.text("FROM")),
+        model=model,
         cluster=cluster,
         nodes=nodes,
         gpus=gpus,
@@ -122,6 +127,7 @@ def read(verb: str, env: Mapping[str, str]) -> Options:
         validation=given.path("VALIDATION"),
         columns=columns,
         from_=given.path("FROM"),
+        downloaded=str(place) if downloaded else "",
         stage=stage,
         bind=given.text("BIND", CLUSTERS[cluster].listens),
         port=given.text("PORT", "8000"),

@@ -49,9 +49,10 @@ def prepare(
         found += _add_architecture(submission, options.model)
     elif "model" in row.reads:
         first = stages.trained()[0]
+        download = ", or make download" if (MODELS / options.model / "model.json").exists() else ""
         found.append(
             f"{row.name} needs a model: train one in this run (make {first} "
-            f"RUN={options.run.name}), or give FROM=<Hugging Face directory>"
+            f"RUN={options.run.name}), or give FROM=<Hugging Face directory>{download}"
         )
     if "corpus" in row.reads:
         if sources.recipe(options).is_file():
@@ -101,7 +102,7 @@ def _data_fact(options: Options, row: StageRow) -> dict[str, str]:
 
 def _model_read(options: Options, row: StageRow, pending: tuple[str, ...]) -> Optional[Path]:
     """Return the model that a stage starts from: FROM, or the newest one before it in the run,
-    finished or pending. None if there is none."""
+    finished or pending, or the one that was downloaded. None if there is none."""
     if "model" not in row.reads:
         return None
     models = stages.trained()
@@ -111,7 +112,7 @@ def _model_read(options: Options, row: StageRow, pending: tuple[str, ...]) -> Op
     for name in reversed(before):
         if name in pending or finished(options.run.stage(name)):
             return options.run.stage(name) / "model"
-    return None
+    return Path(options.downloaded) if options.downloaded else None
 
 
 def _before(options: Options, model: Path, pending: tuple[str, ...]) -> list[tuple[str, Path]]:
