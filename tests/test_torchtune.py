@@ -229,6 +229,17 @@ def test_distributed_recipes_merge_into_copies_too(one_rank, recipe):
     assert module.get_merged_lora_ckpt.__module__ == "scripts.tools.patches"
 
 
+def test_packed_rows_have_masks_that_every_model_takes(monkeypatch):
+    """Where there is a GPU torchtune makes masks for its own kernels. Two documents of 2 and 1."""
+    import torch
+    from torchtune.modules import attention_utils
+
+    monkeypatch.setattr(attention_utils, "_SUPPORTS_FLEX_ATTENTION", True)
+    patches.torchtune(world=1)
+    mask = attention_utils.packed_block_causal_mask([torch.tensor([2, 1])])
+    assert mask.int().tolist() == [[[1, 0, 0], [1, 1, 0], [0, 0, 1]]]
+
+
 # --- the table of keys ---
 
 

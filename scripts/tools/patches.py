@@ -22,6 +22,7 @@ def torchtune(world: int) -> None:
     """Apply every patch of torchtune for `world` ranks."""
     torchtune_on_cpu()
     torchtune_merge_into_copies()
+    torchtune_dense_masks()
     checkpoints_without_collectives(world)
 
 
@@ -144,6 +145,17 @@ def torchtune_merge_into_copies() -> None:
         return upstream(state_dict, rank, alpha)
 
     peft.get_merged_lora_ckpt = get_merged_lora_ckpt
+
+
+def torchtune_dense_masks() -> None:
+    """Make torchtune 0.6.1 describe the documents of a packed row by a mask that is a tensor.
+
+    On a GPU it makes a BlockMask of flex attention, for the attention of its own classes alone
+    (seen on an H200: 'BlockMask' object has no attribute 'device'). Goes with torchtune.
+    """
+    from torchtune.modules import attention_utils
+
+    attention_utils._SUPPORTS_FLEX_ATTENTION = False
 
 
 def _sum_reduction_on_gloo() -> None:
