@@ -22,9 +22,9 @@ LAUNCHER := scripts/run scripts/clusters scripts/launcher
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo pipeline data pretrain finetune align evaluate deploy undeploy rollback \
-  chat nccl-check status logs lineage stop cancel clean models filters test test-all test-nightly \
-  test-slurm test-kubernetes lint lock golden image squashfs sif image-push image-check sbom \
-  reinstall download upload
+  chat nccl-check status logs lineage stop cancel clean compare models download upload filters \
+  test test-all test-nightly test-slurm test-kubernetes lint lock golden image squashfs sif \
+  image-push image-check sbom reinstall
 
 # STEPS=50 would train with the default. Names with a _ may be a program's, as SBATCH_TIMELIMIT.
 UNKNOWN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
@@ -93,6 +93,8 @@ cancel: ## End it at once, without saving
 	@$(LAUNCH) $@
 clean: ## Remove the run, or one STAGE= of it
 	@$(LAUNCH) $@
+compare: ## Scores of RUN=a,b side by side, with errors
+	@$(LAUNCH) $@
 models: ## The models that have a name (any other by FROM): size, licence, memory
 	@$(LAUNCH) $@
 
@@ -139,5 +141,5 @@ lock: ## Resolve requirements/*.in anew into *.lock
 sbom: .venv/installed ## Write sbom.json (CycloneDX) and docs/licences.md from what is installed
 	@.venv/bin/cyclonedx-py environment --output-reproducible --output-file sbom.json
 	@.venv/bin/python requirements/licences.py
-golden: ## Write tests/golden/ anew from DRY_RUN=1
+golden: # Write tests/golden/ anew from DRY_RUN=1
 	@.venv/bin/python -m tests.support.goldens

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 
-from scripts.launcher import chat, lineage, manage, models, options, report, start
+from scripts.launcher import chat, compare, lineage, manage, models, options, report, start
 from scripts.launcher.options import Options
 from scripts.run import stages
 from scripts.run.errors import DONE, WRONG_INPUT, InputError
@@ -30,6 +30,7 @@ def show_models(asked: Options) -> int:
     return DONE
 
 
+COMPARE = "compare"
 CHANGES: dict[str, Callable[[Options], int]] = {
     "stop": manage.stop,
     "cancel": manage.stop,
@@ -46,11 +47,23 @@ SHOWS: dict[str, Callable[[Options], int]] = {
 }
 
 
+def show_scores() -> int:
+    """Print the scores of the runs that RUN names, with commas between. Raises InputError."""
+    names = [name.strip() for name in os.environ.get("RUN", "").split(",") if name.strip()]
+    if len(names) < 2:
+        raise InputError(f"RUN={','.join(names)}: give two runs or more, as RUN=a,b")
+    asked = [options.read(COMPARE, {**os.environ, "RUN": name}) for name in names]
+    print(compare.table([one.run for one in asked]))
+    return DONE
+
+
 def run(verb: str) -> int:
     """Run one verb and return its exit code. Raises InputError."""
-    verbs = [*options.verbs(), *SHOWS, *CHANGES]
+    verbs = [*options.verbs(), *SHOWS, *CHANGES, COMPARE]
     if verb not in verbs:
         raise InputError(f"{verb or 'no verb'}: unknown; known: {', '.join(verbs)}")
+    if verb == COMPARE:
+        return show_scores()
     asked = options.read(verb, os.environ)
     if verb in CHANGES and asked.dry_run:
         see = f"make status RUN={asked.run.name} shows what there is"
