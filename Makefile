@@ -22,9 +22,9 @@ LAUNCHER := scripts/run scripts/clusters scripts/launcher
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo pipeline data pretrain finetune align evaluate deploy undeploy rollback \
-  chat nccl-check status logs lineage stop cancel clean compare models download upload filters \
-  test test-all test-nightly test-slurm test-kubernetes lint lock golden image squashfs sif \
-  image-push image-check sbom reinstall
+  chat nccl-check status logs lineage stop cancel clean compare models generate download upload \
+  filters test test-all test-nightly test-slurm test-kubernetes lint lock golden image squashfs \
+  sif image-push image-check sbom reinstall
 
 # STEPS=50 would train with the default. Names with a _ may be a program's, as SBATCH_TIMELIMIT.
 UNKNOWN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
@@ -75,6 +75,8 @@ rollback: ## Serve again what SERVICE= had before, with CLUSTER=k8s
 	@$(LAUNCH) $@
 nccl-check: $(VENV) ## Speed and transport of the network between NODES × GPUS ranks; slow nodes
 	@$(LAUNCH) $@
+generate: .venv/installed ## Answers of RUN's model to each prompt in DATA= → OUT=, with vLLM
+	@.venv/bin/python -m scripts.generate
 download: .venv/installed ## MODEL= (or org/name) of the hub → MODELS= (models/), as FROM takes it
 	@.venv/bin/python -m scripts.download
 upload: .venv/installed ## The model of RUN, or of STAGE= of it → REPO=org/name; PUBLIC=1 FORCE=1
@@ -138,7 +140,7 @@ lint: .venv/installed ## ruff, mypy, shellcheck, vermin, sbatch headers
 	@.venv/bin/vermin -q --no-tips --violations -t=3.9- scripts/launch.py $(LAUNCHER)
 lock: ## Resolve requirements/*.in anew into *.lock
 	@sh requirements/lock.sh
-sbom: .venv/installed ## Write sbom.json (CycloneDX) and docs/licences.md from what is installed
+sbom: .venv/installed # Write sbom.json (CycloneDX) and docs/licences.md from what is installed
 	@.venv/bin/cyclonedx-py environment --output-reproducible --output-file sbom.json
 	@.venv/bin/python requirements/licences.py
 golden: # Write tests/golden/ anew from DRY_RUN=1

@@ -142,7 +142,7 @@ def test_lora_sft(gpus):
     """Adapters alone are trained and saved: the same exactness, on one process and on two."""
 
     def settings(run: str) -> dict[str, str]:
-        return options(run, "finetune", gpus, MODEL="debug-lora")
+        return options(run, "finetune", gpus, RECIPE="lora")
 
     whole, killed = f"lora-{gpus}", f"lora-{gpus}-killed"
     make("finetune", **settings(whole))
@@ -210,7 +210,7 @@ def test_a_service_that_died_is_replaced():
     """Serving is said only while the process is there and /health answers; nothing of vLLM outlives
     the stage."""
     source = str(unbroken("align") / "model")
-    settings = {"RUN": "served", "FROM": source, "FORCE": "1", "PORT": "8031"}
+    settings = {"RUN": "served", "MODEL": "debug", "FROM": source, "FORCE": "1", "PORT": "8031"}
     directory = stage_dir("served", "deploy")
 
     def assert_said(word: str, after: str) -> None:

@@ -524,6 +524,7 @@ def test_a_service_rolls_over_and_back_under_load(client):
         words, stdout=subprocess.PIPE, text=True, env={**os.environ, **client.cluster.environment}
     )
     other = {"RUN": "other", "SERVICE": "chat", "FROM": "/runs/3x/pretrain/model", "FORCE": "1"}
+    other["MODEL"] = "debug"
     broken = client.launch("deploy", **other, ARGS="--max-model-len 999999")
     assert broken.returncode == 1, broken.stdout + broken.stderr
     assert "do not come up" in broken.stderr

@@ -89,6 +89,23 @@ def test_lineage_walks_from_the_served_model_to_the_corpus(demo):
         assert record["inputs"]["data"]["digest"] == sets, f"{stage}: the record names other data"
 
 
+def test_prompts_are_answered_in_their_order_and_a_torn_file_goes_on(demo, folder):
+    """The answers of a run that was killed after one of three, its second line torn."""
+    prompts, out = folder / "prompts.jsonl", folder / "answers.jsonl"
+    rows = [{"prompt": f"What does {name} do?", "id": name} for name in ("io", "os", "re")]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first = json.dumps({**rows[0], "answer": "It was there."})
+    out.with_name("answers.jsonl.part").write_text(f'{first}\n{{"prompt": "What')
+    options = {"RUN": "demo", "DATA": str(prompts), "OUT": str(out)}
+    said = make("generate", **options).stdout
+    assert f"{out}: 3 answers" in said
+    answered = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["id"] for row in answered] == ["io", "os", "re"]
+    assert answered[0]["answer"] == "It was there.", "what had been answered is not asked again"
+    assert all(row["answer"] for row in answered)
+    assert not out.with_name("answers.jsonl.part").exists()
+
+
 def test_the_model_card_tells_every_stage_and_score(demo):
     card = make("upload", RUN="demo", REPO="me/demo", DRY_RUN="1").stdout
     assert [stage for stage in TRAINED if f"\n| {stage} | " not in card] == [], card
@@ -203,13 +220,15 @@ def test_chat_streams_one_answer(demo):
 
 
 def test_the_gate_refuses_a_model_that_was_not_judged(demo):
-    result = call_make("deploy", RUN="demo", FROM=str(demo["run"] / "pretrain/model"), PORT="8018")
+    other = {"FROM": str(demo["run"] / "pretrain/model"), "MODEL": "debug", "PORT": "8018"}
+    result = call_make("deploy", RUN="demo", **other)
     assert_refused(result, "not for", "make clean RUN=demo STAGE=evaluate")
 
 
 def test_a_wrong_argument_of_vllm_is_refused(demo):
     options = {
         "RUN": "wrong",
+        "MODEL": "debug",
         "FROM": str(demo["run"] / "align/model"),
         "FORCE": "1",
         "PORT": "8021",
@@ -226,7 +245,8 @@ def scores(demo):
     """What the demo's evaluation says of the model after each stage; of the finetuned one also on
     shuffled answers."""
     data, model = str(demo["run"] / "data"), str(demo["run"] / "finetune/model")
-    make("evaluate", RUN="control", FROM=model, DATA=data, ARGS="--tasks relay_choice_shuffled")
+    shuffled = {"MODEL": "debug", "ARGS": "--tasks relay_choice_shuffled"}
+    make("evaluate", RUN="control", FROM=model, DATA=data, **shuffled)
     evaluation, found = demo["run"] / "evaluate", {}
     verdict = json.loads((evaluation / "verdict.json").read_text())
     told = {**verdict["before"], "align": verdict}
@@ -319,6 +339,7 @@ def test_pretraining_goes_on_from_a_model(demo):
     arguments = "--training.steps 3 --metrics.log_freq 1 --lr_scheduler.warmup_steps 1"
     options = {
         "RUN": "on",
+        "MODEL": "debug",
         "FROM": str(demo["run"] / "pretrain/model"),
         "DATA": str(demo["run"] / "data"),
         "ARGS": arguments,
@@ -336,12 +357,13 @@ def test_pretraining_goes_on_from_a_model(demo):
 
 
 def test_lora_finetuning_hands_on_a_merged_model(demo):
-    """The same stage with another config; no adapter files are handed on."""
+    """The same stage with another recipe; the adapter stays beside the model, for PEFT."""
     source, data = str(demo["run"] / "pretrain/model"), str(demo["run"] / "data")
     make(
         "finetune",
         RUN="lora",
-        MODEL="debug-lora",
+        MODEL="debug",
+        RECIPE="lora",
         FROM=source,
         DATA=data,
         ARGS="epochs=1 max_steps_per_epoch=10",
@@ -350,6 +372,11 @@ def test_lora_finetuning_hands_on_a_merged_model(demo):
     adapters = [name for name in names if name.startswith("adapter")]
     assert not adapters, f"files of adapters were handed on: {adapters}"
     assert_same_logits(demo["runs"] / "lora/finetune/model", list(range(5, 100)))
+    adapter = demo["runs"] / "lora/finetune/adapter"
+    assert {p.name for p in adapter.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
 
 
 # --- faults ---

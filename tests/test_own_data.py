@@ -37,7 +37,8 @@ def test_chats_on_a_model_of_ones_own_pass_the_gate(tmp_path):
     """No pretrain, the model's own tokenizer, and a verdict against the model it began with."""
     source = write_rows(tmp_path / "chats.jsonl", chats(2000))
     given = {"FROM": str(unbroken("pretrain") / "model"), "DATA": str(source), "PORT": "8020"}
-    out = make("pipeline", RUN="chats", **given, FINETUNE_ARGS="max_steps_per_epoch=40").stdout
+    learn = "max_steps_per_epoch=40 gradient_accumulation_steps=1 batch_size=4 optimizer.lr=2.5e-3"
+    out = make("pipeline", RUN="chats", **given, FINETUNE_ARGS=learn).stdout
     make("undeploy", RUN="chats")
     assert "pretrain: left out; DATA has conversations, pretrain needs texts" in out
     assert re.search(r"answered \S", out), f"the served model gave no answer:\n{out}"

@@ -31,6 +31,7 @@ ROOMS = {  # what each may import, beside itself
     "serve": {"tools", "job", "run"},
     "download": {"tools", "run"},
     "upload": {"launcher", "tools", "run"},
+    "generate": {"launcher", "tools", "run"},
 }
 LAUNCHER_SIDE = ("run", "clusters", "launcher", "launch", "volume", "conductor")
 UPSTREAM = {"torchtitan", "torchtune", "lm_eval", "vllm"}

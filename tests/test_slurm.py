@@ -213,7 +213,8 @@ def given(whole, run, stage):
     """What every job of a broken run is submitted with: the unbroken one's input."""
     source = {"finetune": "pretrain", "align": "finetune"}.get(stage)
     more = {"FROM": str(whole / source / "model")} if source else {}
-    return {"RUN": run, "DATA": str(whole / "data"), "ARGS": ARGS[stage], **PAIR, **more}
+    asked = {"RUN": run, "MODEL": "debug", "DATA": str(whole / "data"), "ARGS": ARGS[stage]}
+    return {**asked, **PAIR, **more}
 
 
 # --- the chain ---

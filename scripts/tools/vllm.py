@@ -66,7 +66,7 @@ def serve(stage: Rank) -> None:
     os.register_at_fork(after_in_child=die_with_parent)
     flags = {
         "--config": str(stage.config),
-        "--model": str(_without_pattern(stage.path("FROM"))),
+        "--model": str(without_pattern(stage.path("FROM"))),
         "--served-model-name": stage.run.name,
         "--host": stage.facts["BIND"],
         "--port": stage.facts["PORT"],
@@ -89,7 +89,7 @@ def serve(stage: Rank) -> None:
         raise
 
 
-def _without_pattern(model: Path) -> Path:
+def without_pattern(model: Path) -> Path:
     """Return a path to a model's directory that glob, by which vLLM finds weights, takes for no
     pattern: a link, where [ ] * or ? stand in the path."""
     if not glob.has_magic(str(model)):

@@ -75,7 +75,7 @@ def options(run: str, stage: str, gpus: int = 1, **more: str) -> dict[str, str]:
     if stage == "data":
         return {"RUN": run}
     source = {"FROM": str(unbroken(BEFORE[stage]) / "model")} if stage in BEFORE else {}
-    given = {"RUN": run, "DATA": str(unbroken("data")), "GPUS": str(gpus)}
+    given = {"RUN": run, "MODEL": "debug", "DATA": str(unbroken("data")), "GPUS": str(gpus)}
     arguments = ARGS.get(stage, "")
     if stage == "pretrain" and gpus > 1:  # batches that a worker has read ahead are not done
         arguments += " --training.dataloader.num_workers 2"
