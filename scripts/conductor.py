@@ -1,13 +1,14 @@
-"""Create the stages of a run that wait, one after the other, from inside the cluster.
+"""Conduct a run from inside the cluster: create the stages that wait, one after the other, and end
+a Job whose image is not there.
 
     python3 -m scripts.conductor /runs/<run>
 
 A stage waits as a ConfigMap `<run>-<stage>`, made by whoever has submitted it: the label
 torch-relay/waits, the annotation torch-relay/after with the stage that must be done before, and
 the objects to create, as YAML. Whether that stage is done, its stage.json on the volume says.
-Killed anywhere and started again it goes on. Ends with 0 when nothing waits any more, with 64 when
-what is waited for has failed or was deleted: then nothing waits any more, either. Standard library
-alone.
+Killed anywhere and started again it goes on. When nothing waits or runs any more it deletes its own
+Job. Ends with 64 when what is waited for has failed or was deleted: then nothing waits any more,
+either. Standard library alone.
 """
 
 from __future__ import annotations
@@ -113,15 +114,30 @@ class Conductor:
         self.hopeless: dict[str, float] = {}  # stage: since when its image is not there
 
     def conduct(self) -> None:
-        """Create what waits, until nothing does. Raises InputError when it cannot go on."""
+        """Work until nothing waits or runs any more. Raises InputError when it cannot go on."""
         idle = time.monotonic()
-        while time.monotonic() < idle + LINGER_SECONDS:
+        while True:
             try:
-                idle = time.monotonic() if self._look() else idle
+                own = self.api.call("GET", "Job", f"{self.run.name}-conductor")
+                if self._look():
+                    idle = time.monotonic()
+                elif time.monotonic() > idle + LINGER_SECONDS and self._left(own):
+                    return
             except OSError as error:  # the API server, or the volume, does not answer for a moment
                 print(f"{error}; asks again", file=sys.stderr, flush=True)
                 idle = time.monotonic()
             time.sleep(POLL_SECONDS)
+
+    def _left(self, own: Optional[dict[str, Any]]) -> bool:
+        """Delete the conductor's own Job, as it was before the last look. A client that adds a
+        stage changes it, and is refused once it is gone: so none adds one that nobody creates."""
+        if own is None:
+            return True
+        version = own["metadata"]["resourceVersion"]
+        asked = {"preconditions": {"resourceVersion": version}, "propagationPolicy": "Background"}
+        name, body = own["metadata"]["name"], json.dumps(asked)
+        done = self.api.call("DELETE", "Job", name, body=body, content="application/json")
+        return done is not None
 
     def dismiss(self) -> None:
         """Take away what waits: a later conductor must not find it and start it."""
@@ -129,13 +145,17 @@ class Conductor:
             self.api.call("DELETE", "ConfigMap", waits["metadata"]["name"])
 
     def _look(self) -> bool:
-        """Create the first stage that waits, if it may start; tell whether any waits."""
+        """Create the first stage that waits, if it may start, and end Jobs without an image; tell
+        whether any stage waits or runs."""
         maps = self.api.items("ConfigMap", f"{self.label},torch-relay/waits")
         waiting = {m["metadata"]["labels"]["torch-relay/stage"]: m for m in maps}
         first = next((name for name in stages.names() if name in waiting), "")
         if first and self._may_start(first, waiting[first]):
             self._create(first, waiting[first])
-        return bool(first)
+        jobs = [j for j in self.api.items("Job", f"{self.label},torch-relay/stage") if not ended(j)]
+        for job in jobs:
+            self._end_without_image(job["metadata"]["name"][len(self.run.name) + 1 :])
+        return bool(first or jobs)
 
     def _may_start(self, stage: str, waits: dict[str, Any]) -> bool:
         before = waits["metadata"]["annotations"]["torch-relay/after"]
@@ -146,7 +166,6 @@ class Conductor:
             raise InputError(f"{stage}: waits for {before}, which was stopped or removed")
         if ended(job) == "Failed":
             raise InputError(f"{stage}: waits for {before}, which has failed")
-        self._end_without_image(before)
         return False
 
     def _end_without_image(self, stage: str) -> None:

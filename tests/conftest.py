@@ -1,6 +1,7 @@
 """Fixtures that test files share: a place for runs, and a small whole model directory."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ pytest.register_assert_rewrite("tests.support")
 from scripts.run import modeldir  # noqa: E402
 from tests.support.lanes import pytest_xdist_make_scheduler  # noqa: E402, F401  a hook of xdist's
 from tests.support.models import write_model  # noqa: E402
+from tests.support.runs import ROOT  # noqa: E402
 
 os.environ.pop("PYTHONUNBUFFERED", None)  # as in a user's shell: a stage must not depend on it
 if (
@@ -32,6 +34,13 @@ def model(tmp_path) -> Path:
     directory = write_model(tmp_path / "model")
     assert modeldir.problems(directory) == [], "the model that tests begin with must be whole"
     return directory
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A folder with kubernetes/ alone, to change."""
+    shutil.copytree(ROOT / "kubernetes", tmp_path / "kubernetes")
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

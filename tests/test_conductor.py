@@ -4,6 +4,8 @@ anywhere. On a real one: tests/test_kubernetes.py."""
 import contextlib
 import json
 import re
+import threading
+import time
 
 import pytest
 
@@ -29,6 +31,7 @@ class Server:
 
     def __init__(self):
         self.objects, self.requests, self.die_after = {}, 0, 10**9
+        self.at_once = True  # what is created has ended a moment later
 
     def wait(self, stage, after):
         meta = {"name": f"x-{stage}-waits", "annotations": {"torch-relay/after": after}}
@@ -50,7 +53,13 @@ class Server:
             if (kind, name) in self.objects:
                 return None
             self.objects[kind, name] = {"metadata": {"uid": "u", "name": name}}
+            if kind == "Job":
+                self.job(name[2:], "Complete" if self.at_once else "")
         if method == "DELETE":
+            there = self.objects.get((kind, name), {"metadata": {}})
+            wanted = json.loads(body or "{}").get("preconditions", {}).items()
+            if not wanted <= there["metadata"].items():
+                return None  # 409
             return self.objects.pop((kind, name), None)
         if method == "PATCH":
             self.objects[kind, name]["metadata"].update(json.loads(body)["metadata"])
@@ -93,6 +102,7 @@ def test_a_stage_is_created_when_the_one_before_is_done(server, tmp_path):
     one._look()
     assert "x-align" not in server.names("Job")
     done(run, "finetune")
+    server.job("pretrain", "Complete")
     one.conduct()
     assert server.names("Job") == ["x-align", "x-finetune", "x-pretrain"]
 
@@ -126,8 +136,11 @@ def test_what_fails_or_is_stopped_ends_the_chain(
     assert server.names("ConfigMap") == [], "a later conductor must not start what waited"
 
 
-def test_an_image_that_is_not_there_ends_the_job(server, tmp_path, monkeypatch):
-    server.wait("finetune", "pretrain")
+@pytest.mark.parametrize("waits", [True, False])
+def test_an_image_that_is_not_there_ends_the_job(server, tmp_path, monkeypatch, waits):
+    """A single stage's as that of a chain."""
+    if waits:
+        server.wait("finetune", "pretrain")
     server.job("pretrain")
     waits = {"state": {"waiting": {"reason": "ImagePullBackOff", "message": "x:1: not found"}}}
     server.objects["Pod", "p"] = {
@@ -141,6 +154,29 @@ def test_an_image_that_is_not_there_ends_the_job(server, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="its image is not there: x:1: not found"):
         one._look()
     assert "x-pretrain" not in server.names("Job"), "it would hold its quota for ever"
+
+
+def test_it_stays_while_a_job_runs(server, tmp_path, monkeypatch):
+    server.job("pretrain")
+    left = threading.Timer(0.4, server.job, ("pretrain", "Complete"))
+    left.start()
+    began = time.monotonic()
+    conductor.Conductor(tmp_path / "x", server).conduct()
+    assert time.monotonic() - began > 0.4
+
+
+def test_it_does_not_leave_while_a_client_adds_a_stage(server, tmp_path):
+    """A client makes what waits, then changes the conductor's Job; here between the last look and
+    the end."""
+    own = {"metadata": {"name": "x-conductor", "resourceVersion": "1"}, "status": {}}
+    server.objects["Job", "x-conductor"] = own
+    one = conductor.Conductor(tmp_path / "x", server)
+    read = json.loads(json.dumps(own))
+    own["metadata"]["resourceVersion"] = "2"
+    assert not one._left(read)
+    assert "x-conductor" in server.names("Job")
+    assert one._left(own)
+    assert "x-conductor" not in server.names("Job"), "a client makes another"
 
 
 def test_yaml_is_split_by_kind():

@@ -15,9 +15,10 @@ from scripts.clusters.kubernetes_pods import Pods
 from scripts.run.errors import InputError
 from scripts.run.layout import ROOT
 
-SITE = "kubernetes/site/kustomization.yaml"
+SITE = "kubernetes/site/namespace/kustomization.yaml"
 DESK = "relay-desk"
 CLAIM = "relay-runs"
+QUEUES, WORKLOADS = "localqueues.kueue.x-k8s.io", "workloads.kueue.x-k8s.io"
 WAIT, DESK_GRACE = 600, 180  # seconds: for a command that waits, for the desk's image
 # What does not end by waiting, and the seconds after which that is believed.
 HOPELESS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "CreateContainer")
@@ -131,6 +132,34 @@ class Kubectl:
             "a storage class of shared files, and ReadWriteMany: kubernetes/site/once/volume.yaml"
         )
         return [f"NODES={nodes}: volume {CLAIM} is {', '.join(modes)}, for one node alone; {mend}"]
+
+    def queue_problems(self, queue: str) -> list[str]:
+        """Say why Kueue would never admit a job of a LocalQueue, if so: the job would wait for
+        ever. Nothing where this user may not ask."""
+        done = self.call("get", QUEUES, queue, "-o", "json")
+        edit = "kubernetes/site/kustomization.yaml"
+        if "doesn't have a resource type" in done.stderr:
+            return [f"components/kueue: this cluster has no Kueue; leave it out of {edit}"]
+        if "not found" in done.stderr:
+            see = f"kubectl -n {self.namespace} get localqueues; {edit}"
+            return [f"LocalQueue {queue}: not in namespace {self.namespace}; {see}"]
+        if done.returncode:
+            return []
+        said = json.loads(done.stdout).get("status", {}).get("conditions", [])
+        active = next((c for c in said if c["type"] == "Active"), None)
+        if active is None:
+            return [f"LocalQueue {queue}: no controller has looked at it; does Kueue's run?"]
+        return [f"LocalQueue {queue}: {active['message']}"] if active["status"] != "True" else []
+
+    def admission(self, job: dict[str, Any]) -> str:
+        """Say in Kueue's words what a suspended job waits for; "" where it says nothing."""
+        done = self.call("get", WORKLOADS, "-o", "json")
+        for made in json.loads(done.stdout)["items"] if not done.returncode else []:
+            owners = made["metadata"].get("ownerReferences", [])
+            if job["metadata"]["uid"] in [owner["uid"] for owner in owners]:
+                said = made.get("status", {}).get("conditions", [])
+                return next((c["message"] for c in said if c["status"] == "False"), "")
+        return ""
 
     def get(self, kind: str, name: str) -> Optional[dict[str, Any]]:
         """Return an object, None if there is none. Raises InputError where it cannot be asked."""

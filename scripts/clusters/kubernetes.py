@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -104,10 +105,13 @@ class Kubernetes(Cluster):
                     return found
             asked = kustomization(submission, Path(folder))
             Path(folder, "kustomization.yaml").write_text(asked, encoding="utf-8")
-            done = self.kubectl.call("create", "--dry-run=server", "-k", folder)
+            shown = r"jsonpath={.metadata.labels.kueue\.x-k8s\.io/queue-name}"
+            done = self.kubectl.call("create", "--dry-run=server", "-k", folder, "-o", shown)
         lines = [line for line in done.stderr.splitlines() if "already exists" not in line]
         said = in_words("\n".join(lines)) if done.returncode else ""
-        return [f"the API server refuses {submission.row.name}: {said}"] if said else []
+        if said:
+            return [f"the API server refuses {submission.row.name}: {said}"]
+        return self.kubectl.queue_problems(done.stdout.strip()) if done.stdout.strip() else []
 
     # --- submission ---
 
@@ -124,10 +128,7 @@ class Kubernetes(Cluster):
         written += f"cat > {file} << 'EOF'\n{kustomization(submission)}EOF"
         if submission.row.serves:
             written += f"\n{service.lines(submission, self.kubectl.namespace)}"
-        return f"{written}\n{chain.lines(submission, after) if after else self._line(submission)}"
-
-    def _line(self, submission: Submission) -> str:
-        return f"kubectl create -k {shlex.quote(relative(submission.directory))}"
+        return f"{written}\n{chain.lines(submission, after)}"
 
     def submit(self, submission: Submission, after: str = "") -> Started:
         """Create the Job, or make it wait on the cluster for another. Raises InputError if the API
@@ -140,7 +141,7 @@ class Kubernetes(Cluster):
             self.kubectl.must("delete", "job", job, "--cascade=foreground", "--wait=true")
         self.copy.mark(submission.run)
         self.bringer.bring(submission.facts)
-        submission.write(self._line(submission))
+        submission.write(chain.create(directory))
         write_atomic(directory / "kustomization.yaml", kustomization(submission))
         if submission.row.serves:
             self.services.make_key(submission)
@@ -153,11 +154,13 @@ class Kubernetes(Cluster):
             return Started(0, job)
         done = self.kubectl.call("create", "-k", relative(submission.directory), timeout=60)
         made = self.kubectl.get("job", job)
-        wrong = [line for line in done.stderr.splitlines() if not _is_repeated_map(line)]
+        # The same ConfigMap may be there already: its name holds its digest.
+        wrong = re.sub(r".*configmaps.*already exists\n?", "", done.stderr).strip()
         if made is None or (done.returncode and wrong):
-            said = in_words("\n".join(wrong)) or "no job of that name was made"
+            said = in_words(wrong) or "no job of that name was made"
             raise InputError(f"the API server refuses {job}: {said}")
         self._own_maps(job, made)
+        self.chain.conduct(submission.run)
         content = {"cluster": self.name, "job": job, "uid": made["metadata"]["uid"]}
         write_json(directory / "job.json", {**content, "submitted": time.time()})
         see = f"make status RUN={submission.run.name}"
@@ -221,9 +224,9 @@ class Kubernetes(Cluster):
                 after = waits["metadata"]["annotations"]["torch-relay/after"]
                 found[stage] = Job(self.name, job, "queued", f"job {job} waits for {after}")
             elif (read_json(run.stage(stage) / "job.json") or {}).get("cluster") == self.name:
-                why, began = f"job {job} is gone: deleted", attempts.history(run.stage(stage))
-                found[stage] = Job(self.name, job, "cancelled", chain.last_words(items) or why)
-                if began:
+                why = chain.last_words(items) or f"job {job} is gone: deleted"
+                found[stage] = Job(self.name, job, "cancelled", why)
+                if attempts.history(run.stage(stage)):
                     found[stage] = Job(self.name, job, "", "", lost=attempt, why=why)
         return found
 
@@ -234,7 +237,8 @@ class Kubernetes(Cluster):
         if end:
             return Job(self.name, job, "failed", f"job {job}: {pods.last_words or end}")
         if made["spec"].get("suspend"):
-            return Job(self.name, job, "queued", f"job {job} is suspended: a queue admits it")
+            why = self.kubectl.admission(made) or "suspended, until a queue admits it"
+            return Job(self.name, job, "queued", f"job {job}: {why}")
         if pods.running and not pods.stuck:
             return Job(self.name, job, "running", f"job {job} on {', '.join(pods.nodes)}")
         return Job(self.name, job, "queued", f"job {job}: {pods.stuck or pods.waiting or WAITS}")
@@ -293,8 +297,3 @@ class Kubernetes(Cluster):
                 see = f"kubectl -n {self.kubectl.namespace} get pods -l {named}"
                 raise InputError(f"job {job} is deleted, but its pods have not gone; {see}")
             time.sleep(0.5)
-
-
-def _is_repeated_map(line: str) -> bool:
-    """Whether kubectl says that the submission's ConfigMap is there: its name holds its digest."""
-    return "configmaps" in line and "already exists" in line

@@ -1,10 +1,12 @@
 """The stages of a run that wait on the cluster for the one before them, and the conductor, a Job
-that creates each when its time has come (scripts/conductor.py)."""
+that creates each when its time has come, and looks after those that run (scripts/conductor.py)."""
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
+import time
 from pathlib import Path
 from typing import Any
 
@@ -79,19 +81,28 @@ components: [{up}/site]
 """
 
 
+def create(directory: Path) -> str:
+    """Format the command that creates a stage's objects."""
+    return f"kubectl create -k {shlex.quote(relative(directory))}"
+
+
 def lines(submission: Submission, after: str) -> str:
-    """Format the commands that make a stage wait for a job, for a shell in the repository."""
+    """Format the commands that create a stage, or make it wait for a job, and start the run's
+    conductor, for a shell in the repository."""
     stage = shlex.quote(relative(submission.directory))
     folder = shlex.quote(relative(submission.directory / FOLDER))
     conductor = shlex.quote(relative(submission.run.directory / CONDUCTOR))
-    return f"""\
-mkdir -p {folder} {conductor}
+    waits = f"""\
+mkdir -p {folder}
 cat > {folder}/kustomization.yaml << 'EOF'
 {_waits(submission, after)}EOF
+kubectl kustomize {stage} > {folder}/stage.yaml
+kubectl create -k {folder}"""
+    return f"""\
+{waits if after else create(submission.directory)}
+mkdir -p {conductor}
 cat > {conductor}/kustomization.yaml << 'EOF'
 {_conductor(submission.run)}EOF
-kubectl kustomize {stage} > {folder}/stage.yaml
-kubectl create -k {folder}
 kubectl create -k {conductor} || : # one conducts the run already"""
 
 
@@ -114,15 +125,23 @@ class Chain:
         self.conduct(submission.run)
 
     def conduct(self, run: Run) -> None:
-        """Start a run's conductor, unless one is at work."""
+        """Start a run's conductor, unless one is at work; that one cannot leave unasked any more:
+        it deletes its Job as it has read it, and this changes it."""
         folder, name = run.directory / CONDUCTOR, f"{run.name}-{CONDUCTOR}"
-        if self._at_work(run):
+        asked = f"torch-relay/asked={time.time_ns()}"
+        done = self.kubectl.call("annotate", "job", name, asked, "--overwrite", "-o", "json")
+        if done.returncode and "not found" not in done.stderr.lower():
+            raise InputError(f"job {name}: {in_words(done.stderr)}")
+        there = json.loads(done.stdout) if not done.returncode else {}
+        if there and not ended(there) and "deletionTimestamp" not in there["metadata"]:
             return
         words = ("delete", "job", name, "--cascade=foreground", "--ignore-not-found")
         self.kubectl.must(*words)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "kustomization.yaml", _conductor(run))
-        self._create(folder, name)
+        done = self.kubectl.call("create", "-k", relative(folder), timeout=60)
+        if done.returncode and "already exists" not in done.stderr:  # made by another client
+            raise InputError(f"the API server refuses {name}: {in_words(done.stderr)}")
 
     def _at_work(self, run: Run) -> bool:
         there = self.kubectl.get("job", f"{run.name}-{CONDUCTOR}")

@@ -99,6 +99,11 @@ class Services:
                 f"{name}: one replica, and no spare GPU for the new one (components/no-spare-gpu):"
                 " it would be down until the new model answers; DOWNTIME=1 accepts that"
             )
+        secret, shown = f"{name}-key", "go-template={{.data.key}}"
+        key = self.kubectl.call("get", "secret", secret, "-o", shown)
+        if key.returncode == 0 and key.stdout.strip() in ("", "<no value>"):
+            delete = f"kubectl -n {self.kubectl.namespace} delete secret {secret}"
+            found.append(f"secret {secret}: has no entry named key; {delete}, and it is made anew")
         words = ("apply", "--server-side", "--force-conflicts", "--dry-run=server", "-f")
         done = self.kubectl.call(*words, str(folder / SERVED))
         if done.returncode and not found:
