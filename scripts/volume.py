@@ -13,6 +13,7 @@ Standard library alone.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -62,8 +63,8 @@ def receive(folder: Path, directory: Path, job: str) -> None:
 
 
 def read(run: Path) -> dict[str, dict[str, str]]:
-    """Read {stage: {path: text}} of a run's small files: not models, checkpoints and sets, which
-    stand in it as empty folders ("model/": "")."""
+    """Read {stage: {path: text}} of a run's small files, of a folder the oldest first: not models,
+    checkpoints and sets, which stand in it as empty folders ("model/": "")."""
     found: dict[str, dict[str, str]] = {}
     for stage in sorted(path for path in run.iterdir() if path.is_dir()) if run.is_dir() else ():
         texts = found[stage.name] = {}
@@ -71,8 +72,9 @@ def read(run: Path) -> dict[str, dict[str, str]]:
             if path.is_dir() and path.name in HEAVY:
                 texts[f"{path.name}/"] = ""
                 continue
-            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-                if _is_small(file):
+            files = sorted(path.rglob("*")) if path.is_dir() else [path]
+            for file in sorted(filter(_is_small, files), key=_age):
+                with contextlib.suppress(FileNotFoundError):  # replaced by a newer in this moment
                     texts[file.relative_to(stage).as_posix()] = _text(file)
         data = stage / "sets/data.json"
         if data.exists():
@@ -84,6 +86,10 @@ def _is_small(file: Path) -> bool:
     if not file.is_file() or file.is_symlink() or file.name == "api-key":
         return False
     return file.suffix == ".log" or file.stat().st_size <= SMALL
+
+
+def _age(file: Path) -> float:
+    return file.stat().st_mtime if file.exists() else 0
 
 
 def _text(file: Path) -> str:

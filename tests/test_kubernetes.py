@@ -7,6 +7,7 @@ this machine's .venv in pods.
 
 import base64
 import contextlib
+import functools
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from typing import ClassVar
 
 import pytest
 
-from tests.support.kube_lab import CODE, KUBE, KubeLab, missing, repository
+from tests.support.kube_lab import CODE, IMAGE, KUBE, KubeLab, missing, repository
 from tests.support.lanes import lacking
 from tests.support.launching import assert_refused, launch
 from tests.support.runs import ROOT
@@ -28,43 +29,10 @@ from tests.support.waiting import until
 pytestmark = pytest.mark.slow  # on one worker (lanes.LANES): one cluster, which tests break
 NAMES = ["node1", "node2"]
 GPUS = 8
-IMAGE = "registry.example/relay:1"
 SPACE = "relay-stages"
 STEPS = "--training.steps 60 --checkpoint.interval 10"
 LONG = 900  # seconds for what takes one minute alone: another lane may have both cores
 SHORT = "max_steps_per_epoch=4 epochs=1"
-# What a site edits; here also for pods that see this repository in the place of an image.
-SITE = """\
-apiVersion: kustomize.config.k8s.io/v1alpha1
-kind: Component
-namespace: {space}
-images: [{{name: torch-relay, newName: registry.example/relay, newTag: "{tag}"}}]
-components: [{components}]
-patches:
-  - target: {{kind: Job, labelSelector: torch-relay/stage}}
-    patch: |-
-      - {{op: add, path: /spec/template/spec/initContainers/0/workingDir, value: "{root}"}}
-      - {{op: add, path: /spec/template/spec/initContainers/0/env/-, value: {path}}}
-      - {{op: add, path: /spec/template/spec/containers/0/workingDir, value: "{root}"}}
-      - {{op: add, path: /spec/template/spec/containers/0/env/-, value: {path}}}
-      - {{op: add, path: /spec/template/spec/containers/0/env/-, value: {threads}}}
-      - {{op: replace, path: /spec/template/spec/containers/0/resources/requests, value: {few}}}
-      - {{op: replace, path: /spec/template/spec/containers/0/resources/limits/memory, value: 6Gi}}
-  - target: {{kind: Deployment}}
-    patch: |-
-      - {{op: add, path: /spec/template/spec/containers/0/workingDir, value: "{root}"}}
-      - {{op: add, path: /spec/template/spec/containers/0/env/-, value: {path}}}
-      - {{op: replace, path: /spec/template/spec/containers/0/resources/requests, value: {few}}}
-      - {{op: replace, path: /spec/template/spec/containers/0/resources/limits/memory, value: 6Gi}}
-  - target: {{kind: Job, labelSelector: "torch-relay/run,!torch-relay/stage"}}
-    patch: |-
-      - {{op: add, path: /spec/template/spec/containers/0/workingDir, value: "{root}"}}
-      - {{op: add, path: /spec/template/spec/containers/0/env, value: [{path}]}}
-  - target: {{kind: Pod}}
-    patch: |-
-      - {{op: add, path: /spec/containers/0/workingDir, value: "{root}"}}
-      - {{op: add, path: /spec/containers/0/env, value: [{path}]}}
-"""
 # A pod that goes on writing to the volume, on node2.
 BEATING = """
 apiVersion: v1
@@ -111,7 +79,7 @@ def cluster():
             "util-linux procps openssl; Go 1.21 or newer is on https://go.dev/dl"
         )
     folder = Path(tempfile.mkdtemp(prefix="kube-"))  # pytest's are too long for a socket's path
-    lab = KubeLab(folder, len(NAMES), GPUS, repository(), tags=[IMAGE])
+    lab = KubeLab(folder, len(NAMES), GPUS, repository())
     try:
         lab.up()
         with pytest.MonkeyPatch.context() as patch:
@@ -203,29 +171,49 @@ def test_torchrun_over_two_nodes(own, namespace):
 class Client:
     """The launcher in a checkout whose kubernetes/site is edited, on a machine without volume."""
 
-    def __init__(self, cluster, folder):
-        self.cluster, self.folder = cluster, folder
+    def __init__(self, cluster, folder, space=SPACE):
+        self.cluster, self.folder, self.space, self.config = cluster, folder, space, {}
         for name in ("configs", "kubernetes", "scripts"):
             ignored = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / name, folder / name, ignore=ignored)
         self.site()
-        once = folder / "kubernetes/site/once"
-        for name, old, new in (
-            ("kustomization.yaml", "namespace: torch-relay", f"namespace: {SPACE}"),
-            ("volume.yaml", "fsx-lustre", "shared"),
-        ):
-            (once / name).write_text((once / name).read_text().replace(old, new))
 
-    def site(self, space=SPACE, tag="1", components="../components/cpu"):
-        path = f"{{name: PATH, value: '{CODE}/.venv/bin:/usr/bin:/bin'}}"
-        said = {"space": space, "tag": tag, "components": components, "root": CODE, "path": path}
-        said |= {"threads": '{name: OMP_NUM_THREADS, value: "1"}'}
-        said |= {"few": "{cpu: 100m, memory: 256Mi}"}
-        (self.folder / "kubernetes/site/kustomization.yaml").write_text(SITE.format(**said))
+    def site(self, image=IMAGE, components=("cpu",), storage="shared", modes="ReadWriteMany"):
+        """Edit the site's files, as whoever adapts them would."""
+        image, _, tag = image.rpartition(":")
+        for name, *changes in (
+            ("namespace/kustomization.yaml", ("torch-relay #", f"{self.space} #")),
+            ("once/volume.yaml", ("fsx-lustre", storage), ("ReadWriteMany", modes)),
+            (
+                "kustomization.yaml",
+                ("registry.example/torch-relay", image),
+                ('newTag: "1"', f'newTag: "{tag}"'),
+                *((f"# - ../components/{c}\n", f"- ../components/{c}\n") for c in components),
+            ),
+        ):
+            text = (ROOT / "kubernetes/site" / name).read_text()
+            for old, new in changes:
+                assert text.count(old) == 1, f"{name}: {old}"
+                text = text.replace(old, new)
+            (self.folder / "kubernetes/site" / name).write_text(text)
 
     def launch(self, verb, **options):
         given = {"HOME": os.environ["HOME"], "CLUSTER": "k8s", **self.cluster.environment}
-        return launch(verb, checkout=self.folder, environment={**given, **options})
+        return launch(verb, checkout=self.folder, environment={**given, **self.config, **options})
+
+    def become_user(self):
+        """Go on as somebody who has the rights of the Role relay-user alone."""
+        kubectl, file = self.cluster.kubectl, self.folder / "kubeconfig"
+        shutil.copyfile(self.cluster.environment["KUBECONFIG"], file)
+        file.chmod(0o600)
+        kubectl("-n", self.space, "create", "serviceaccount", "somebody")
+        role = ["--role=relay-user", f"--serviceaccount={self.space}:somebody"]
+        kubectl("-n", self.space, "create", "rolebinding", "somebody", *role)
+        token = kubectl("-n", self.space, "create", "token", "somebody", "--duration=5h")
+        config = ["config", "--kubeconfig", str(file)]
+        kubectl(*config, "set-credentials", "somebody", f"--token={token}")
+        kubectl(*config, "set-context", "--current", "--user=somebody")
+        self.config = {"KUBECONFIG": str(file)}
 
     def must(self, verb, **options):
         done = self.launch(verb, **options)
@@ -248,7 +236,8 @@ class Client:
 
     def pods(self, run):
         """Return {index: pod} of a run, the newest of an index."""
-        asked = ["-n", SPACE, "get", "pods", "-l", f"torch-relay/run={run}", "-o", "json"]
+        label = f"torch-relay/run={run},torch-relay/stage"  # the conductor has no index
+        asked = ["-n", SPACE, "get", "pods", "-l", label, "-o", "json"]
         items = json.loads(self.cluster.kubectl(*asked))["items"]
         items.sort(key=lambda pod: pod["metadata"]["creationTimestamp"])
         index = "batch.kubernetes.io/job-completion-index"
@@ -308,6 +297,7 @@ def client(cluster, tmp_path_factory):
     cluster.kubectl("label", "namespace", SPACE, level)
     assert_refused(made.launch("data", RUN="3x"), "relay-runs", "kubernetes/site/once")
     cluster.kubectl("apply", "-k", str(made.folder / "kubernetes/site/once"))
+    made.become_user()
     made.must("data", RUN="3x")
     assert "done" in made.ended("3x", "data")
     made.must("pretrain", RUN="3x", ARGS=STEPS)
@@ -426,18 +416,54 @@ def test_wrong_input_ends_the_job_at_once(client):
 
 
 def test_what_cannot_start_is_said_in_words(client):
-    client.site(components="")
+    client.site(components=())
     given = {"RUN": "gpus", "DATA": "/runs/3x/data"}
     client.must("pretrain", **given, GPUS=str(GPUS + 1))
     until(lambda: "Insufficient nvidia.com/gpu" in client.line("gpus", "pretrain"), 20)
     client.must("stop", RUN="gpus")
     assert "cancelled" in client.line("gpus", "pretrain")
-    client.site(tag="none")
+    client.site(image="localhost/torch-relay:none")
     client.cluster.kubectl("-n", SPACE, "delete", "pod", "relay-desk")
     said = assert_refused(client.launch("data", RUN="image"), "does not start: ErrImagePull")
-    assert "registry.example/relay:none" in said
+    assert "torch-relay:none" in said
     client.site()
     client.must("status", RUN="3x")
+
+
+def test_what_a_site_lacks_is_said_before_anything_is_made(own, client, namespace, tmp_path):
+    """In a namespace of its own; but for a folder that cannot be written, which a Job finds."""
+    other = Client(own, tmp_path, namespace)
+    once, kubectl = str(tmp_path / "kubernetes/site/once"), own.kubectl
+    refused = functools.partial(other.launch, "data", RUN="lacks")
+    other.site(storage="missing")
+    kubectl("apply", "-k", once)
+    assert_refused(refused(), "storage class missing", f"kubectl -n {namespace} delete pvc")
+    kubectl("-n", namespace, "delete", "pvc", "relay-runs")
+    other.site(modes="ReadWriteOnce")
+    kubectl("apply", "-k", once)
+    assert_refused(refused(NODES="2"), "ReadWriteOnce", "for one node alone")
+    other.site(image="localhost/host:1")
+    assert_refused(refused(), "localhost/host:1: an image without this repository's scripts")
+    other.site(components=("cpu", "kueue"))
+    trained = {"RUN": "lacks", "DATA": "/runs/sets"}
+    assert_refused(other.launch("pretrain", **trained), "this cluster has no Kueue")
+    other.site()
+    kubectl("-n", namespace, "create", "secret", "generic", "lacks-key", "--from-literal=other=x")
+    served = {"RUN": "lacks", "FROM": "/runs/model", "FORCE": "1"}
+    assert_refused(other.launch("deploy", **served), "secret lacks-key: has no entry named key")
+    other.become_user()
+    patch = [{"op": "remove", "path": "/rules/0"}]
+    words = ["patch", "role", "relay-user", "--type=json", f"--patch={json.dumps(patch)}"]
+    kubectl("-n", namespace, *words)
+    assert_refused(refused(), "jobs", "cannot", "ask whoever owns the namespace for that verb")
+    assert kubectl("-n", namespace, "get", "jobs,deployments", "-o", "name") == ""
+    other.config = {}
+    [folder] = own.state.glob(f"volumes/{namespace}-*")
+    folder.chmod(0o755)
+    other.must("data", RUN="lacks")
+    until(lambda: "writable by uid 1000" in other.line("lacks", "data"), 60)
+    other.must("clean", RUN="lacks")
+    assert kubectl("-n", namespace, "get", "jobs", "-o", "name") == ""
 
 
 def test_two_clients_and_one_run(client, tmp_path):

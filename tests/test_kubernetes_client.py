@@ -56,6 +56,8 @@ def test_kubectl_in_words():
     log = 'E1126 19:16:46.6 9899 memcache.go:265] "Unhandled Error" err="x"\n'
     forbidden = 'Error from server (Forbidden): jobs is forbidden: User "me" cannot create "jobs"'
     assert in_words(log + forbidden).startswith('jobs is forbidden: User "me" cannot create')
+    of_a_file = forbidden.replace("(Forbidden): ", '(Forbidden): error when creating "/tmp/x": ')
+    assert in_words(of_a_file) == in_words(forbidden)
 
 
 def pod(phase="Pending", **status):

@@ -161,6 +161,7 @@ def test_what_the_namespace_shares(checkout):
         ("NetworkPolicy", "relay-serve"),
         ("PersistentVolumeClaim", "relay-runs"),
         ("Role", "relay-conductor"),
+        ("Role", "relay-user"),
         ("RoleBinding", "relay-conductor"),
         ("Service", "relay"),
         ("ServiceAccount", "relay-conductor"),

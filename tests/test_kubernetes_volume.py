@@ -122,6 +122,20 @@ def test_the_copy_here_follows_the_volume(seen):
     assert left == ["job.json", "stage.env"], "what was removed there is removed here"
 
 
+def test_the_newest_log_stays_the_newest(seen, tmp_path):
+    """By its time there, not by its name: attempt-10 is younger than attempt-9."""
+    cluster, run = seen
+    there = tmp_path / "volume/x/data/logs"
+    there.mkdir(parents=True)
+    for number in (9, 10):
+        (there / f"attempt-{number}.log").write_text(f"{number}\n")
+        os.utime(there / f"attempt-{number}.log", (number, number))
+    cluster.told = volume.read(tmp_path / "volume/x")
+    cluster.fetch(run)
+    ages = {path.name: path.stat().st_mtime for path in (run.stage("data") / "logs").iterdir()}
+    assert ages["attempt-10.log"] > ages["attempt-9.log"]
+
+
 def test_what_was_trained_here_is_not_replaced_by_a_copy(seen):
     cluster, run = seen
     attempts.begin(run.stage("data"))

@@ -16,7 +16,7 @@ from scripts.run.errors import InputError
 from scripts.run.layout import ROOT
 
 SITE = "kubernetes/site/namespace/kustomization.yaml"
-DESK = "relay-desk"
+DESK, IMAGE = "relay-desk", "torch-relay/image"  # its pod; an annotation, the site's image
 CLAIM = "relay-runs"
 QUEUES, WORKLOADS = "localqueues.kueue.x-k8s.io", "workloads.kueue.x-k8s.io"
 WAIT, DESK_GRACE = 600, 180  # seconds: for a command that waits, for the desk's image
@@ -38,7 +38,8 @@ def in_words(said: str) -> str:
     lines = [line for line in lines if not re.match(r"[EWI]\d{4} ", line)]  # its client's own log
     text = "; ".join(
         dict.fromkeys(
-            re.sub(r"^(Error from server \(\w+\)|error): ", "", line) for line in lines[-3:]
+            re.sub(r"^(Error from server \(\w+\): |error: )?(error when creating \S+: )?", "", line)
+            for line in lines[-3:]
         )
     )
     for pattern, mend in MENDS.items():
@@ -69,6 +70,9 @@ class Kubectl:
         """Run a verb of scripts/volume.py in the desk, with `given` as its input; return what it
         prints. Raises InputError."""
         done = self.desk("python3", "-m", "scripts.volume", *words, given=given)
+        if "No module named 'scripts'" in done.stderr:
+            mend = "make image builds ours, make image-push pushes it; kubernetes/site"
+            raise InputError(f"{self._image}: an image without this repository's scripts; {mend}")
         if done.returncode:
             raise InputError(f"the desk: {in_words(done.stderr)}")
         return str(done.stdout)
@@ -80,7 +84,9 @@ class Kubectl:
         while not (pods := Pods([self._desk_or_none() or {}])).running:
             if not pods.pods:
                 self._check_site()
-                made = self.call("create", "-k", "kubernetes/desk")
+                mark = (f'{IMAGE}: ""', f"{IMAGE}: '{self._image}'")
+                text = self._desk_text.replace(*mark).encode()
+                made = self.call("create", "-f", "-", given=text)
                 if made.returncode and "already exists" not in made.stderr:  # another client's
                     raise InputError(f"the desk: {in_words(made.stderr)}")
             elif pods.waiting != told:
@@ -95,11 +101,23 @@ class Kubectl:
         words = ["exec", *(["-i"] if given else []), DESK, "--", *command]
         return self.call(*words, timeout=WAIT, given=given)
 
+    @functools.cached_property
+    def _desk_text(self) -> str:
+        return self.must("kustomize", "kubernetes/desk")
+
+    @property
+    def _image(self) -> str:
+        """Return the site's image. Raises InputError."""
+        found = re.search(r"^ *(?:- )?image: (.+)", self._desk_text, re.M)
+        return found[1] if found else ""
+
     def _desk_or_none(self) -> Optional[dict[str, Any]]:
-        """Return the desk's pod. One that has ended, or is leaving, is none once it has gone."""
+        """Return the desk's pod. One that has ended, is leaving, or has another image than the site
+        by now, is none once it has gone."""
         pod = self.get("pod", DESK)
         ended = pod and pod["status"].get("phase") in ("Succeeded", "Failed")
-        if pod and (ended or "deletionTimestamp" in pod["metadata"]):
+        other = pod and pod["metadata"].get("annotations", {}).get(IMAGE) != self._image
+        if pod and (ended or other or "deletionTimestamp" in pod["metadata"]):
             self.must("delete", "pod", DESK, "--wait=true", "--ignore-not-found")
             return None
         return pod
@@ -114,13 +132,17 @@ class Kubectl:
         claim = self.get("persistentvolumeclaim", CLAIM)
         if claim is None:
             raise InputError(f"namespace {self.namespace} has no volume {CLAIM}; {once}")
-        storage = claim["spec"].get("storageClassName")
-        if claim["status"].get("phase") == "Pending" and storage:
+        storage, said = claim["spec"].get("storageClassName"), ""
+        if claim["status"].get("phase") == "Pending" and storage is None:
+            said = "names no storage class, and the cluster has no default"
+        elif claim["status"].get("phase") == "Pending" and storage:
             done = self.call("get", "storageclass", storage)
             if "not found" in done.stderr:
                 said = f"asks for the storage class {storage}, which is not there"
-                mend = "kubectl get storageclass; kubernetes/site/once/volume.yaml"
-                raise InputError(f"volume {CLAIM} {said}; {mend}")
+        if said:
+            delete = f"kubectl -n {self.namespace} delete pvc {CLAIM}"
+            mend = f"kubectl get storageclass; kubernetes/site/once/volume.yaml; {delete}; {once}"
+            raise InputError(f"volume {CLAIM} {said}; {mend}")
 
     def sharing_problems(self, nodes: int) -> list[str]:
         """Say that the runs' volume cannot be written by several nodes, if so."""
@@ -132,6 +154,16 @@ class Kubectl:
             "a storage class of shared files, and ReadWriteMany: kubernetes/site/once/volume.yaml"
         )
         return [f"NODES={nodes}: volume {CLAIM} is {', '.join(modes)}, for one node alone; {mend}"]
+
+    @functools.cached_property
+    def rights_problems(self) -> list[str]:
+        """Name what this user may not do with what a submission has made already."""
+        found = []
+        for kind in ("jobs", "configmaps"):
+            if self.call("auth", "can-i", "patch", kind).stdout.strip() == "no":
+                ask_for = "ask whoever owns the namespace for that verb"
+                found.append(f"{kind}: you may not patch them in {self.namespace}; {ask_for}")
+        return found
 
     def queue_problems(self, queue: str) -> list[str]:
         """Say why Kueue would never admit a job of a LocalQueue, if so: the job would wait for

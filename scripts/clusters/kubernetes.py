@@ -89,7 +89,7 @@ class Kubernetes(Cluster):
             return ["kubectl: not on PATH; https://kubernetes.io/docs/tasks/tools/ installs it"]
         if submission.nodes > 1:
             found = self.kubectl.sharing_problems(submission.nodes)
-        return found or self._refusal(submission)
+        return found or self.kubectl.rights_problems or self._refusal(submission)
 
     def _refusal(self, submission: Submission) -> list[str]:
         """Ask the API server what it would say: a field, a quota, a right that lacks."""
@@ -224,9 +224,10 @@ class Kubernetes(Cluster):
                 after = waits["metadata"]["annotations"]["torch-relay/after"]
                 found[stage] = Job(self.name, job, "queued", f"job {job} waits for {after}")
             elif (read_json(run.stage(stage) / "job.json") or {}).get("cluster") == self.name:
-                why = chain.last_words(items) or f"job {job} is gone: deleted"
+                began, why = attempts.history(run.stage(stage)), chain.last_words(items)
+                why = why or f"job {job} {'was deleted' if began else 'left before it began'}"
                 found[stage] = Job(self.name, job, "cancelled", why)
-                if attempts.history(run.stage(stage)):
+                if began:
                     found[stage] = Job(self.name, job, "", "", lost=attempt, why=why)
         return found
 

@@ -4,7 +4,9 @@ the site, the desk, reads the volume (kubectl.py)."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Optional
@@ -59,6 +61,7 @@ class RunCopy:
         if not told and not run.directory.exists():
             return
         self.mark(run)
+        began = time.time() - 60
         for stage in stages.names():
             directory = run.stage(stage)
             if stage not in told and not attempts.history(directory):
@@ -66,13 +69,15 @@ class RunCopy:
             for path in list(directory.iterdir()) if directory.is_dir() else []:
                 if path.name not in OURS:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-            for name, text in told.get(stage, {}).items():
+            for number, (name, text) in enumerate(told.get(stage, {}).items()):
                 path = directory / name
                 if directory.resolve() not in path.resolve().parents:
                     raise InputError(f"{run.name}/{stage}: the volume names {name!r}")
                 (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
                 if not name.endswith("/"):
                     path.write_text(text, encoding="utf-8")
+                    age = (began + number / 1000,) * 2  # in one tick of the clock all are as old
+                    os.utime(path, age)  # make logs shows the newest
 
     def beside(self, run: Run, verb: str) -> Optional[tuple[int, str]]:
         """Run the image's own launcher in the desk."""

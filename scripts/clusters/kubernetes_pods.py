@@ -39,7 +39,7 @@ class Pods:
             for condition in pod["status"].get("conditions", []):
                 if condition["type"] == "PodScheduled" and condition["status"] == "False":
                     return str(condition.get("message", "not scheduled"))
-            return "its containers are made"
+            return "its containers are being made"
         return ""
 
     @property

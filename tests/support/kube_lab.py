@@ -6,7 +6,7 @@ that are none.
     .venv/bin/python -m tests.support.kube_lab FOLDER down
 
 `up` ends what runs in FOLDER, starts anew, and prints the PATH and the KUBECONFIG to export; `down`
-removes what it made there.
+removes what it made there. The nodes hold an image IMAGE that runs this repository.
 
 The programs are built once, by kube/build.sh, and kept in ~/.cache/torch-relay/kube; after that
 neither go nor the network is needed. Needs root; no systemd, no registry. Nothing is installed, and
@@ -31,6 +31,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from tests.support.kube import image
 from tests.support.processes import words
 from tests.support.runs import ROOT
 from tests.support.waiting import until
@@ -39,6 +40,7 @@ KUBE = ROOT / "tests/support/kube"
 TO_RUN = ("python3", "unshare", "nsenter", "ip", "sysctl", "openssl")
 TO_BUILD = ("go", "apt-get", "dpkg")
 CODE = "/opt/torch-relay"  # as in the image
+IMAGE = "localhost/torch-relay:1"
 API = "10.99.0.1:6443"  # in the cluster's own network
 
 
@@ -68,10 +70,10 @@ class KubeLab:
     """Be `nodes` nodes node1, node2, … with `gpus` pretended nvidia.com/gpu each.
 
     `mounts`: {path: folder here} that containers of RuntimeClass "host" see too, read-only.
-    `images`: archives (docker save, kube/image.py) that every node holds. `tags`: further names of
-    the image localhost/host:1. `addons`: of jobset, kueue, trainer (real controllers, in pods) and
-    netpol (NetworkPolicies are enforced). `runtime`: the RuntimeClass of pods that name none, host
-    or plain; with host, manifests run this machine's programs unchanged.
+    `images`: archives (docker save, kube/image.py) that every node holds. `addons`: of jobset,
+    kueue, trainer (real controllers, in pods) and netpol (NetworkPolicies are enforced). `runtime`:
+    the RuntimeClass of pods that name none, host or plain; with host, manifests run this machine's
+    programs unchanged.
     """
 
     def __init__(
@@ -81,7 +83,6 @@ class KubeLab:
         gpus: int = 8,
         mounts: Mapping[str, Path] = MappingProxyType({}),
         images: Sequence[Path] = (),
-        tags: Sequence[str] = (),
         addons: Sequence[str] = (),
         runtime: str = "host",
     ):
@@ -90,7 +91,7 @@ class KubeLab:
         self.names = [f"node{n + 1}" for n in range(nodes)]
         self.gpus, self.runtime = gpus, runtime
         self.mounts = [f"{folder.resolve()}:{path}" for path, folder in mounts.items()]
-        self.images, self.tags = [image.resolve() for image in images], list(tags)
+        self.images = [image.resolve() for image in images]
         # Kueue comes last: its webhook is asked about each Deployment from then on, and must be up.
         self.addons = sorted(addons, key="kueue".__eq__)
         self._programs = _programs()
@@ -140,10 +141,21 @@ class KubeLab:
         }
         archives = [self._programs / "addons" / addon / "image.tar" for addon in self.addons]
         images = [*self.images, *(archive for archive in archives if archive.exists())]
-        lists = {"MOUNTS": self.mounts, "IMAGES": images, "TAGS": self.tags}
+        lists = {"MOUNTS": self.mounts, "IMAGES": [*images, *self._own_image()]}
         lines = [f"{name}={shlex.quote(str(value))}" for name, value in values.items()]
         lines += [f"{name}=({shlex.join(map(str, value))})" for name, value in lists.items()]
         (self.state / "conf").write_text("\n".join(lines) + "\n")
+
+    def _own_image(self) -> list[Path]:
+        """Write the image that runs this repository, where pods see it; it holds nothing itself."""
+        if not any(mount.endswith(f":{CODE}") for mount in self.mounts):
+            return []
+        archive = self.state / "torch-relay.tar"
+        path = f"PATH={CODE}/.venv/bin:/usr/bin:/bin"
+        # One thread: two ranks share the cores, and comparisons to the last bit want one number.
+        words = [IMAGE, "--folder", CODE, "--env", path, "--env", "OMP_NUM_THREADS=1", "--skeleton"]
+        image.main([str(archive), *words])
+        return [archive]
 
     def _apply_addons(self) -> None:
         for addon in self.addons:

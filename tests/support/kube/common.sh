@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2034 # its variables are read by those two
 # What control.sh and node.sh share: the settings of one cluster, PATH, and how programs start.
 # Settings, written by tests/support/kube_lab.py: B (what build.sh made), R (the cluster's folder),
-# ID (of its cgroups), NODES, GPUS, RUNTIME, NETPOL, and the arrays MOUNTS, IMAGES, TAGS.
+# ID (of its cgroups), NODES, GPUS, RUNTIME, NETPOL, and the arrays MOUNTS and IMAGES.
 # shellcheck source=/dev/null
 . "$R/conf"
 export PATH=$B/bin:$B/debian/usr/sbin:$B/debian/usr/bin:$PATH LC_ALL=C GODEBUG=madvdontneed=1

@@ -1,6 +1,7 @@
 """Make a container image without a registry or a daemon, from the standard library alone.
 
-    image.py OUT.tar NAME:TAG [--user UID] (ROOTFS.tar|DIR|FILE…|--skeleton) [-- ENTRYPOINT…]
+    image.py OUT.tar NAME:TAG [--user UID] [--folder DIR] [--env NAME=VALUE]…
+      (ROOTFS.tar|DIR|FILE…|--skeleton) [-- ENTRYPOINT…]
 
 ROOTFS.tar becomes the only layer as it is; of DIR, its tree; each FILE lies in / under its own
 name. --skeleton: an empty Debian-shaped tree (links, folders) for containers that see the host's
@@ -14,7 +15,7 @@ import os
 import sys
 import tarfile
 
-PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 USERS = """\
 root:x:0:0::/root:/bin/sh
 relay:x:1000:1000::/home/relay:/bin/sh
@@ -82,11 +83,15 @@ def main(words: list[str]) -> None:
         at = words.index("--")
         words, entrypoint = words[:at], words[at + 1 :]
     out, name, *sources = words
-    config = {"Entrypoint": entrypoint} if entrypoint else {"Cmd": ["/bin/sh"]}
-    config["Env"] = [PATH]
-    if sources[0] == "--user":  # a pod with runAsNonRoot wants a number
-        config["User"] = sources[1]
-        sources = sources[2:]
+    config: dict = {"Entrypoint": entrypoint} if entrypoint else {"Cmd": ["/bin/sh"]}
+    environment = {"PATH": PATH}
+    while sources[0] in ("--user", "--folder", "--env"):  # runAsNonRoot wants a number of --user
+        option, value, *sources = sources
+        if option == "--env":
+            environment |= [value.split("=", 1)]
+        else:
+            config["User" if option == "--user" else "WorkingDir"] = value
+    config["Env"] = [f"{name}={value}" for name, value in environment.items()]
     layer = write_layer(out, sources)
     with open(layer, "rb") as file:
         digest = hashlib.sha256()

@@ -71,10 +71,6 @@ node() {
     "${store[@]}" import "$archive" >> "$R/log/node$I-import.log" 2>&1 ||
       echo "import of $archive failed"
   done
-  for tag in ${TAGS[@]+"${TAGS[@]}"}; do
-    "${store[@]}" tag --force localhost/host:1 "$tag" >> "$R/log/node$I-import.log" 2>&1 ||
-      echo "tag $tag failed"
-  done
   since images imported
   kubelet_conf
   kubelet
