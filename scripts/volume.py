@@ -55,7 +55,7 @@ def receive(folder: Path, directory: Path, job: str) -> None:
             f"remove this stage and what it made: make clean STAGE={stage} RUN={run}"
         )
     try:
-        submission.write(f"kubectl create -k {directory.parent.name}/{directory.name}")
+        submission.write(f"kubectl create -k runs/{directory.parent.name}/{directory.name}")
     except OSError as error:
         raise InputError(
             f"{error.filename}: {error.strerror}; the volume's folder must be writable by uid 1000"

@@ -1,5 +1,7 @@
 """What the demo derives from a text, and that nothing held out is ever trained on."""
 
+import sys
+
 import pytest
 
 from scripts.corpus.derive import Corpus, conversation, normalise, sentences, split
@@ -50,6 +52,14 @@ def test_documentation_holds_out_enough_and_leaks_nothing(documentation):
     assert len(documentation.sets["heldout_preference.jsonl"]) >= 500
     assert sum(len(row["text"]) for row in documentation.sets["text.jsonl"]) > 1_500_000
     assert_nothing_held_out_is_trained_on(documentation)
+
+
+def test_a_rank_reads_the_same_documentation(monkeypatch):
+    """torch.distributed replaces sys.excepthook in each: make data NODES=2 had another corpus."""
+    before = python_documentation().documents
+    assert any(text.startswith("sys.excepthook\n") for text in before)
+    monkeypatch.setattr(sys, "excepthook", lambda *_: None)
+    assert python_documentation().documents == before
 
 
 def test_questions_are_fair(documentation):

@@ -516,7 +516,7 @@ def test_the_pipeline_without_its_client(client):
         lambda: "serving" in client.line("whole", "deploy"), 2 * LONG, lambda: client.said("whole")
     )
     assert "http://whole.relay-stages/v1" in client.line("whole", "deploy")
-    assert client.must("chat", RUN="whole", PROMPT="What is a list?").strip()
+    assert client.must("chat", RUN="whole", PROMPT="What is a list?", CLUSTER="").strip()
     refused = client.launch("pipeline", RUN="whole", **{**given, "NODES": "1"})
     assert_refused(refused, "exists with other settings")
     client.must("undeploy", RUN="whole")

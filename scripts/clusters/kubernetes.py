@@ -169,13 +169,13 @@ class Kubernetes(Cluster):
 
     def _rolled_out(self, submission: Submission, job: str) -> Started:
         """Wait until a service answers, or its pods have been taken back."""
-        if self.services.follow(job, ended) == DONE:
-            return Started(DONE)
+        code = self.services.follow(job, ended)
         self.fetch(submission.run)
         past = attempts.history(submission.directory)
         said = past[-1].get("error") if past else f"job {job} did not begin"
-        print(f"{submission.row.name}: {said}", file=sys.stderr)
-        return Started(FAULT)
+        if code != DONE:
+            print(f"{submission.row.name}: {said}", file=sys.stderr)
+        return Started(DONE if code == DONE else FAULT)
 
     def _own_maps(self, job: str, made: dict[str, Any]) -> None:
         """Let the submission go with its Job."""

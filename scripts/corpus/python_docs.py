@@ -91,6 +91,8 @@ def _compiled_docstrings():
         for name, value in sorted(vars(module).items()):
             if name.startswith("_"):
                 continue
+            # torch.distributed replaces sys.excepthook: a rank would read another corpus.
+            value = vars(module).get(f"__{name}__", value)
             if inspect.isclass(value):
                 for member, method in sorted(vars(value).items()):
                     text = getattr(method, "__doc__", None)

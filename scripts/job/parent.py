@@ -190,7 +190,7 @@ class Parent(Recorder):
             torchrun = ["-m", "torch.distributed.run", "--log-dir", logs, "--tee", "3"]
             command[1:1] = torchrun
         environment = self.environment.for_ranks(self.attempt_number, extra or {})
-        self.shown.enter("starts")
+        self.phase("starts")  # what it waited for before is over
         self.command(command, environment, cwd)
 
     def command(self, command: list[str], environment: dict[str, str], cwd: Path) -> None:

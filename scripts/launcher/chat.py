@@ -60,7 +60,8 @@ def ask(server: Server, messages: list[dict[str, str]], max_tokens: int = 128) -
 
 def chat(options: Options) -> int:
     """Ask PROMPT once, or hold a conversation until the end of input. Returns an exit code."""
-    server = Server(options.run, options.here)
+    here = _serving(options)
+    server = Server(options.run, here)
     if options.prompt:
         return ask(server, [{"role": "user", "content": options.prompt}])[0]
     messages: list[dict[str, str]] = []
@@ -68,7 +69,7 @@ def chat(options: Options) -> int:
     while True:
         try:
             messages.append({"role": "user", "content": input("> ")})
-            server = Server(options.run, options.here)  # a requeued service may have moved
+            server = Server(options.run, here)  # a requeued service may have moved
             code, answer = ask(server, messages)
         except (EOFError, KeyboardInterrupt):
             print()
@@ -76,6 +77,13 @@ def chat(options: Options) -> int:
         messages.append({"role": "assistant", "content": answer})
         if code:
             return code
+
+
+def _serving(options: Options) -> Cluster:
+    """Return the cluster that serves the run: CLUSTER, or else where it was deployed."""
+    directory = options.run.stage(stages.maker("service").name)
+    known = (options.here, *options.clusters.values())
+    return next((c for c in known if c.service_state(directory)), options.here)
 
 
 def sample(run: Run, cluster: Cluster) -> int:
