@@ -205,8 +205,9 @@ def _model_problems(verb: str, model: str) -> list[str]:
     known = sorted(folder_names(MODELS))
     if not model or model in known or verb not in verbs():
         return []
-    near = difflib.get_close_matches(model, known, n=4, cutoff=0.3) or known[:4]
-    return [f"MODEL={model}: unknown; near it: {', '.join(near)}; make models lists all"]
+    near = difflib.get_close_matches(model, known, n=4)
+    meant = f"did you mean {', '.join(near)}? " if near else ""
+    return [f"MODEL={model}: unknown; {meant}make models lists all, FROM= takes any other"]
 
 
 def _model_of(run: Run, source: str) -> str:
