@@ -27,7 +27,7 @@ from tests.support.runs import ROOT
 @pytest.mark.parametrize(
     ("verb", "options", "words"),
     [
-        ("pretrain", {"MODEL": "gpt5"}, ["MODEL=gpt5", "make models"]),
+        ("pretrain", {"MODEL": "gpt5"}, ["MODEL=gpt5", "`make models`"]),
         ("pretrain", {"MODEL": "qwen3_8"}, ["MODEL=qwen3_8: unknown; did you mean qwen3_8b"]),
         ("finetune", {"RECIPE": "lara"}, ["RECIPE=lara: unknown; known:", "lora", "qlora"]),
         ("data", {"RECIPE": "full"}, ["RECIPE=full: data takes none"]),

@@ -207,7 +207,7 @@ def _model_problems(verb: str, model: str) -> list[str]:
         return []
     near = difflib.get_close_matches(model, known, n=4)
     meant = f"did you mean {', '.join(near)}? " if near else ""
-    return [f"MODEL={model}: unknown; {meant}make models lists all, FROM= takes any other"]
+    return [f"MODEL={model}: unknown; {meant}known are those of `make models`, or any by FROM="]
 
 
 def _model_of(run: Run, source: str) -> str:
