@@ -333,16 +333,18 @@ def test_two_processes_learn_the_same(demo, scores):
     )
 
 
-def test_pretraining_goes_on_from_a_model(demo):
-    """FROM= in pretrain: the first loss is the model's, not a random one's (8.1). Started by what
-    its dry run prints."""
+@pytest.mark.parametrize(("name", "gpus"), [("llama3", "1"), ("decoder", "2")])
+def test_pretraining_goes_on_from_a_model(demo, name, gpus):
+    """FROM= in pretrain: the first loss is the model's, not a random one's (8.1), with torchtitan's
+    class and, on two ranks, with transformers'. Started by what its dry run prints."""
     arguments = "--training.steps 3 --metrics.log_freq 1 --lr_scheduler.warmup_steps 1"
     options = {
-        "RUN": "on",
+        "RUN": f"on-{name}",
         "MODEL": "debug",
         "FROM": str(demo["run"] / "pretrain/model"),
         "DATA": str(demo["run"] / "data"),
-        "ARGS": arguments,
+        "GPUS": gpus,
+        "ARGS": f"{arguments} --model.name {name}",
     }
     subprocess.run(
         ["bash", "-e"],
@@ -352,8 +354,10 @@ def test_pretraining_goes_on_from_a_model(demo):
         check=True,
     )
     assert "done already" in make("pretrain", **options).stdout, "make would have written the same"
-    first = loss_curve(demo["runs"] / "on/pretrain/metrics")[0][1]
+    stage = demo["runs"] / f"on-{name}/pretrain"
+    first = loss_curve(stage / "metrics")[0][1]
     assert first < 5.5, f"a first loss of {first:.2f} is that of random weights"
+    assert_same_logits(stage / "model", list(range(5, 100)))
 
 
 def test_lora_finetuning_hands_on_a_merged_model(demo):

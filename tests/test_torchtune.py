@@ -73,7 +73,7 @@ def tiny_config(name: str, source: Path, tokenizer: Path, output: Path):
     """A recipe of ours as a stage completes it, on a small model: two epochs of two steps."""
     from omegaconf import OmegaConf
 
-    from scripts.tools.torchtune_config import _decide
+    from scripts.tools.torchtune_config import decide
 
     cfg = OmegaConf.load(ROOT / f"configs/{name}.yaml")
     cfg.output_dir = str(output)
@@ -94,7 +94,7 @@ def tiny_config(name: str, source: Path, tokenizer: Path, output: Path):
     if "lr_scheduler" in cfg:
         cfg.lr_scheduler.num_warmup_steps = 0
     cfg.metric_logger.log_dir = str(output / "metrics")
-    _decide(cfg, source)
+    decide(cfg, source)
     cfg.device, cfg.dtype = "cpu", "fp32"
     return cfg
 

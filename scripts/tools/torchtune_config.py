@@ -70,7 +70,7 @@ def load_config(stage: Rank, dataset: str):
         raise
     except Exception as error:  # YAML, OmegaConf and torchtune each raise their own
         raise InputError(f"{stage.config} with ARGS={stage.arguments}: {error}") from None
-    _decide(cfg, source)
+    decide(cfg, source)
     return cfg
 
 
@@ -108,7 +108,7 @@ def _teacher(stage: Rank, cfg: Any) -> Optional[Path]:
     return directory
 
 
-def _decide(cfg: Any, source: Path) -> None:
+def decide(cfg: Any, source: Path) -> None:
     """Fill in what a config leaves to the machine and to the model: device and dtype (null), and
     the names of the layers that LoRA adapts (all)."""
     import torch
