@@ -48,6 +48,8 @@ def evaluate(rank: Rank) -> None:
     found = against_dataclass(EvaluatorConfig, config)
     if found:
         raise InputError([f"{rank.config}: {problem}" for problem in found])
+    # Without a word it takes a GPU for granted, and dies where there is none.
+    device = [] if config.get("device") else ["--device", _device()]
     names = with_data(config.get("tasks") or [], tasks, rank.path("DATA"))
     upstream = evaluator.evaluate
     models = {"the model": ("FROM", RESULTS)}
@@ -74,8 +76,15 @@ def evaluate(rank: Rank) -> None:
         model = json.dumps({**own, **config.get("model_args", {}), "pretrained": str(source)})
         sys.argv = ["lm_eval", "run", "--config", str(rank.config), "--include_path", str(tasks)]
         sys.argv += ["--output_path", str(rank.directory / folder), "--log_samples"]
-        sys.argv += ["--tasks", ",".join(names), "--model_args", model, *rank.arguments]
+        sys.argv += ["--tasks", ",".join(names), "--model_args", model, *device, *rank.arguments]
         cli_evaluate()
+
+
+def _device() -> str:
+    """Name the GPU, or the CPU where there is none."""
+    import torch
+
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
 def with_data(names: list[str], tasks: Path, data: Path) -> list[str]:
