@@ -357,6 +357,19 @@ def unbroken(client):
     return client.read("pair", "stage.json")["summary"]["loss"]
 
 
+def test_data_and_the_check_of_the_network_on_two_pods(client):
+    """Without DATA, too, what two nodes prepare has the bytes of one; the demo's text is read by
+    each rank, in which torch has replaced things that the text describes."""
+    client.must("nccl-check", RUN="fabric", NODES="2")
+    client.must("data", RUN="spread", NODES="2")
+    assert "done" in client.ended("spread", "data"), client.said("spread")
+    records = [client.folder / "runs" / run / "data/stage.json" for run in ("3x", "spread")]
+    one, two = (json.loads(record.read_text())["outputs"]["sets"] for record in records)
+    assert one["digest"] == two["digest"]
+    assert "done" in client.ended("fabric", "nccl-check"), client.said("fabric")
+    assert "gloo over TCP sockets" in client.line("fabric", "nccl-check")
+
+
 def test_lost_pods_cost_no_other_pod(client, unbroken):
     """One run: node 0's script is killed, then node 1's; then node 0's pod is deleted, and the node
     of the other is drained: these two lose no step."""

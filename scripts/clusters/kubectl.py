@@ -160,7 +160,7 @@ class Kubectl:
         """Name what this user may not do with what a submission has made already."""
         found = []
         for kind in ("jobs", "configmaps"):
-            if self.call("auth", "can-i", "patch", kind).stdout.strip() == "no":
+            if self.call("auth", "can-i", "patch", kind).stdout.startswith("no"):
                 ask_for = "ask whoever owns the namespace for that verb"
                 found.append(f"{kind}: you may not patch them in {self.namespace}; {ask_for}")
         return found

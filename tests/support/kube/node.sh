@@ -53,7 +53,7 @@ own_cgroups() {
 }
 
 node() {
-  local archive tag store=(ctr -a "$N/containerd.sock" -n k8s.io images)
+  local archive store=(ctr -a "$N/containerd.sock" -n k8s.io images)
   own_folders
   hostname "node$I"
   own_sysctls
