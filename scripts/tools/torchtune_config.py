@@ -117,7 +117,7 @@ def decide(cfg: Any, source: Path) -> None:
         cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
     if cfg.get("dtype") is None:
         cfg.dtype = "fp32" if cfg.device == "cpu" else "bf16"
-    if cfg.model.get("lora_attn_modules") == ["all"]:
+    if (cfg.get("model") or {}).get("lora_attn_modules") == ["all"]:
         # Recipes look for adapters by these names, so they must be there.
         from scripts.tools.torchtune_model import decoder, linear_layers
 
