@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -206,6 +207,26 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path, changes, words):
     options = {"lora_attn_modules": ["q_proj", "v_proj"], "lora_rank": 4, "lora_alpha": 8}
     with pytest.raises(InputError, match=words):
         lora_decoder(str(source), **{**options, **changes})
+
+
+def test_adapters_begin_alike_in_every_process(tmp_path):
+    """A set of names has another order in each: two runs with one seed would differ."""
+    source = write_family("qwen2", tmp_path / "source")
+    code = f"""
+import torch
+from scripts.components import lora_decoder
+torch.manual_seed(0)
+names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+model = lora_decoder({str(source)!r}, names, 4, 8)
+print([round(p.sum().item(), 6) for n, p in model.named_parameters() if "lora_a" in n])
+"""
+    said = set()
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
+        words = [sys.executable, "-c", code]
+        result = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+        said.add(result.stdout)
+    assert len(said) == 1
 
 
 def test_widths_that_nf4_cannot_hold_are_refused(tmp_path):

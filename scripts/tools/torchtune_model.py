@@ -162,7 +162,8 @@ def lora_decoder(
             f"layer called so; it has {sorted(linears)}, or [all] for every one"
         )
     kind = _DoRALinear if use_dora else LoRALinear
-    for name, (parent, child) in ((n, found) for n in wanted for found in linears[n]):
+    adapted = [(name, *one) for name, each in linears.items() if name in wanted for one in each]
+    for name, parent, child in adapted:  # in the model's order: adapters draw random numbers
         sides = (child.in_features, child.out_features)
         if not 0 < lora_rank <= min(sides):
             raise InputError(
