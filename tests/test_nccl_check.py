@@ -448,7 +448,7 @@ def test_a_node_that_hangs_in_its_exchange_is_named():
         port = str(free.getsockname()[1])
     words = [sys.executable, "-c", PEER]
     peers = [
-        subprocess.Popen([*words, str(n), port, "5"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([*words, str(n), port, "12"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         for n in range(3)
     ]
     try:
