@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from scripts.launcher import card, options, report
-from scripts.run import modeldir, stages
+from scripts.run import modeldir
 from scripts.run.digests import Digests
 from scripts.run.errors import InputError
-from scripts.run.layout import Run, finished
+from scripts.run.layout import finished
 from scripts.tools.hub import command, put
 from scripts.tools.hub_download import LICENCES, files_of, matches
 
@@ -29,7 +29,7 @@ def upload(env: Mapping[str, str]) -> str:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise InputError(f"REPO={repository}: give a name on the hub, as REPO=org/name")
     report.check_exists(asked.run)
-    directory = stage_of(asked.run, asked.stage)
+    directory = report.made_model(asked.run, asked.stage)
     model = directory / "model"
     found = modeldir.problems(model)
     recorded = finished(directory)["outputs"]["model"]["digest"]
@@ -51,20 +51,6 @@ def upload(env: Mapping[str, str]) -> str:
     message = f"{directory.name} of run {asked.run.name}, by Torch Relay"
     url, commit = put(repository, files, message, public, asked.force)
     return f"{url}: commit {commit}, {'public' if public else 'private'}, {len(files)} files"
-
-
-def stage_of(run: Run, stage: str) -> Path:
-    """Return the stage whose model to upload: the one asked for, or the last one of the line that
-    has finished. Raises InputError if there is none."""
-    makers = [row.name for row in stages.TABLE if row.makes == "model"]
-    made = [name for name in makers if finished(run.stage(name))]
-    if stage and stage not in made:
-        there = ", ".join(made) or "none"
-        raise InputError(f"STAGE={stage}: has no finished model in run {run.name}; have: {there}")
-    if not made:
-        status = f"make status RUN={run.name}"
-        raise InputError(f"run {run.name}: no stage has finished a model here; {status}")
-    return run.stage(stage or made[-1])
 
 
 if __name__ == "__main__":

@@ -36,9 +36,10 @@ EACH = [
     pytest.param(name, marks=() if name in ("finetune/full", "align/dpo") else pytest.mark.slow)
     for name in RECIPES
 ]
-# How far a saved model's logits are from the live one's. NF4 is saved as bfloat16, and a model
-# that learned to be rounded is saved as it is before rounding.
-EXACT = dict.fromkeys(RECIPES, 2e-5) | {"finetune/qlora": 0.3, "finetune/qat": 1e9}
+# How far a saved model's logits, of which the largest is about 0.7, may be from the live one's.
+# NF4 is saved as bfloat16; a model that learned to be rounded is saved as it is before rounding,
+# so that its weights alone are compared.
+EXACT = dict.fromkeys(RECIPES, 2e-5) | {"finetune/qlora": 5e-3, "finetune/qat": float("inf")}
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +140,10 @@ def test_what_a_recipe_saves_is_the_live_model(tokenizer, tmp_path, one_rank, na
     assert off <= EXACT[name], f"the saved model's logits are {off} from the live model's"
     before, after = weights(source), weights(folder)
     assert before.keys() == after.keys()
+    if "lora_attn_modules" not in cfg.model:
+        state = run._model.state_dict()
+        state = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()}
+        assert [key for key in after if not after[key].equal(state[key])] == []
     assert max((after[key].float() - before[key]).abs().max() for key in before) > 1e-3
     adapter = folder / "adapter/adapter_config.json"
     assert adapter.exists() == ("lora_attn_modules" in cfg.model)

@@ -27,6 +27,21 @@ def check_exists(run: Run) -> None:
         )
 
 
+def made_model(run: Run, stage: str = "") -> Path:
+    """Return the directory of the stage that made a run's newest model, or of `stage`. Raises
+    InputError if it has made none."""
+    check_exists(run)
+    makers = [one.name for one in stages.TABLE if one.makes == "model"]
+    made = [name for name in makers if finished(run.stage(name))]
+    if stage and stage not in made:
+        there = ", ".join(made) or "none"
+        raise InputError(f"STAGE={stage}: has no finished model in run {run.name}; have: {there}")
+    if not made:
+        status = f"make status RUN={run.name}"
+        raise InputError(f"run {run.name}: no stage has finished a model here; {status}")
+    return run.stage(stage or made[-1])
+
+
 def result(directory: Path, cluster: Cluster) -> str:
     """Say in a few words what a stage has made, or how far it is."""
     makes = row(directory.name).makes

@@ -16,8 +16,8 @@ from scripts.run.errors import InputError
 from scripts.run.files import read_json, write_json
 
 DECODER = "ForCausalLM"  # how transformers' names of such models end
+LAYER = re.compile(r"\b(?:layers|blocks|h)\.(\d+)\.")  # of a tensor's name
 # Sizes that every trainer asks for, and what says that a layer chooses among several networks.
-LAYER = re.compile(r"\.(\d+)\.")  # of a tensor's name
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 ROPE = {
     "linear": ("factor",),
