@@ -88,6 +88,22 @@ def test_what_a_model_sets_is_read_by_the_tool_of_its_stage(name):
         ConfigManager().parse_args(words)
 
 
+def test_a_config_without_its_sizes_is_named(tmp_path):
+    from scripts.run.errors import InputError
+    from scripts.tools.decoder import sizes
+
+    file = tmp_path / "config.json"
+    file.write_text('{"vocab_size": 7, "max_position_embeddings": 9}')
+    assert sizes(file) == (7, 9)
+    file.write_text('{"vocab_size": null}')
+    with pytest.raises(InputError) as refused:
+        sizes(file)
+    assert [said.split(": ")[1].split()[0] for said in refused.value.problems] == [
+        "vocab_size",
+        "max_position_embeddings",
+    ]
+
+
 def test_a_recipe_names_no_model_and_a_model_no_recipe():
     """Models × recipes is a sum: adding either touches one folder."""
     recipes = [p for row in stages.TABLE for p in (ROOT / "configs" / row.name).glob("*.*")]

@@ -12,7 +12,7 @@ from scripts.corpus.passes import Work
 from scripts.corpus.pool import run_pass
 from scripts.job.rank import Rank
 from scripts.run import files
-from scripts.tools.decoder import context
+from scripts.tools.decoder import sizes
 
 # A pass may take days, and its nodes end at different times; who died is torchrun's to see.
 LONGEST = timedelta(days=30)
@@ -27,8 +27,7 @@ def make_sets(rank: Rank) -> None:
     settings = recipe.of_stage(rank.config, rank.arguments, rank.facts, rank.path)
     model = rank.path("FROM") if "FROM" in rank.facts else None
     architecture = model / "config.json" if model else rank.directory / "architecture.json"
-    vocabulary = files.read_json(architecture)["vocab_size"]
-    target = sets.Target(model, vocabulary, context(architecture))
+    target = sets.Target(model, *sizes(architecture))
     run_pass = nodes.run_pass if nodes else None
     made = sets.Sets(rank.directory / sets.PARTIAL, settings, target, rank.phase, run_pass)
     files.write_json(made.out / "data.json", made.make())

@@ -90,12 +90,17 @@ def count(directory: Path) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def context(config_json: Path) -> int:
-    """Return the longest row that the architecture is made for, in tokens. Raises InputError."""
-    value = (read_json(config_json) or {}).get("max_position_embeddings")
-    if not isinstance(value, int):
-        raise InputError(f"{config_json}: max_position_embeddings {value!r}; give a whole number")
-    return value
+def sizes(config_json: Path) -> tuple[int, int]:
+    """Return how many tokens the architecture knows, and the longest row that it is made for, in
+    tokens. Raises InputError for a config.json that does not say it."""
+    config = read_json(config_json) or {}
+    wanted = ("vocab_size", "max_position_embeddings")
+    found = [key for key in wanted if not isinstance(config.get(key), int)]
+    if found:
+        raise InputError(
+            [f"{config_json}: {key} {config.get(key)!r}; give a whole number" for key in found]
+        )
+    return config["vocab_size"], config["max_position_embeddings"]
 
 
 def tell_unproven(rank: Rank, directory: Path) -> None:

@@ -70,11 +70,11 @@ def check(stage: Rank, config) -> None:
     """Raise InputError with all that torchtitan would find out late or not at all."""
     import torch
 
-    from scripts.tools.decoder import context as longest
+    from scripts.tools.decoder import sizes
 
     world = stage.environment.world
     found = torchtitan_options.problems(config, world, not torch.accelerator.is_available())
-    context = longest(_assets(stage) / "config.json")
+    _, context = sizes(_assets(stage) / "config.json")
     made = read_json(stage.path("DATA") / "data.json")
     tokens = made["tokens"]
     if not tokens:
