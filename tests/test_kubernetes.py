@@ -420,7 +420,7 @@ def test_wrong_input_ends_the_job_at_once(client):
     given = {"RUN": "wrong", "DATA": "/runs/3x/data"}
     client.must("pretrain", **given, ARGS="--training.steps many")
     assert "refused" in client.ended("wrong", "pretrain")
-    assert "torchtitan refuses them" in client.line("wrong", "pretrain")
+    assert "torchtitan refuses ARGS" in client.line("wrong", "pretrain")
     client.must("pretrain", **given, ARGS="--training.steps 10")
     assert "done" in client.ended("wrong", "pretrain"), "the job that has failed is replaced"
     client.must("clean", RUN="wrong")

@@ -453,7 +453,7 @@ def test_wrong_input_is_never_tried_again(lab, whole):
     make("pretrain", **options)
     assert_ends(lab, "wrong", "pretrain", "FAILED")
     assert_restarts(lab, "wrong", "pretrain", 0)
-    assert_status("wrong", "pretrain", "^pretrain refused", "torchtitan refuses them")
+    assert_status("wrong", "pretrain", "^pretrain refused", "torchtitan refuses ARGS")
 
 
 def test_a_crash_loop_ends(own):

@@ -59,10 +59,10 @@ def load_config(stage: Rank):
     try:
         given = ["--job.config_file", str(stage.config), *overrides(stage)]
         return ConfigManager().parse_args(given)
-    except SystemExit:  # the parser has already printed which argument and why
+    except SystemExit:  # the parser has printed which argument and why
         raise InputError(
-            f"ARGS={stage.arguments}: torchtitan refuses them (its words are in {stage.log}); "
-            "every option: .venv/bin/python -m torchtitan.config.manager --help"
+            f"torchtitan refuses ARGS or what the model sets ({stage.directory / 'args.json'}); "
+            f"its words: {stage.log}; .venv/bin/python -m torchtitan.config.manager --help"
         ) from None
 
 

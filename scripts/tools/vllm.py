@@ -83,8 +83,8 @@ def serve(stage: Rank) -> None:
     except SystemExit as end:
         if end.code == 2:  # argparse has said which argument and why
             raise InputError(
-                f"{stage.config} with ARGS={stage.arguments}: vLLM refuses them; "
-                f"its words: {stage.log}"
+                f"vLLM refuses ARGS or what the model sets, {stage.directory / 'args.json'}, "
+                f"or {stage.config}; its words are in {stage.log}"
             ) from None
         raise
 
