@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from scripts.job.environment import JobEnvironment
+from scripts.launcher.options import with_recipe
+from scripts.run import stages
 from scripts.run.errors import InputError
 from scripts.tools import patches
 from scripts.tools.torchtune import find_recipe, is_distributed
@@ -31,6 +33,7 @@ RECIPES = sorted(
     f"{stage}/{path.stem}"
     for stage in ("finetune", "align")
     for path in (ROOT / "configs" / stage).glob("*.yaml")
+    if not with_recipe(stages.row(stage), path.stem).tool
 )
 EACH = [
     pytest.param(name, marks=() if name in ("finetune/full", "align/dpo") else pytest.mark.slow)

@@ -11,6 +11,8 @@ import time
 from collections.abc import Mapping
 from typing import Any, Optional
 
+from scripts.run import attempts
+
 MARK = "@relay "  # a rank's line for its stage script; all else is upstream's own output
 IN_A_LOG = 30.0  # seconds between two lines where stdout is a file
 # tqdm's bar: "Running requests:  40%|####      | 4/10"
@@ -78,7 +80,7 @@ class Progress:
             self._show(f"  {self.name}: {self.phase}{self.detail}, {now - self.since:.0f} s")
 
     def show(self, numbers: Mapping[str, Any]) -> None:
-        """Show {"step", "total"} and, if known, "loss" and "tokens_per_second"."""
+        """Show {"step", "total"} and, if known, "loss" or "reward", and "tokens_per_second"."""
         with self.lock:
             self.phase = ""
             now, step, total = time.monotonic(), numbers["step"], numbers["total"]
@@ -89,8 +91,7 @@ class Progress:
             began, since = self.first
             rate = (step - since) / (now - began) if now > began else 0
             line = f"  {self.name} {step:.0f}/{total:.0f}"
-            if "loss" in numbers:
-                line += f"  loss {numbers['loss']:.3f}"
+            line += f"  {learned}" if (learned := attempts.learned(numbers)) else ""
             if "tokens_per_second" in numbers:
                 line += f"  {numbers['tokens_per_second']:,.0f} tokens/s"
             self._show(line + (f"  {(total - step) / rate:.0f} s left" if rate else ""))

@@ -86,7 +86,7 @@ class Recorder(Stage):
         self._record(said if name else None)
 
     def _steps(self, said: dict[str, Any]) -> None:
-        """Take rank 0's report: step, total, and perhaps loss and tokens_per_second."""
+        """Take rank 0's report: step, total, and perhaps loss or reward, and tokens_per_second."""
         if not self.training:
             self.training = True
             if said["step"] < said["total"]:

@@ -13,6 +13,7 @@ TOOLS = (
     "torch",
     "torchtitan",
     "torchtune",
+    "trl",
     "torchao",
     "lm_eval",
     "vllm",

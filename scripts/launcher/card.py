@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Optional
 
 from scripts.corpus.shapes import FOLDERS, NAMES
+from scripts.launcher.options import with_recipe
 from scripts.run import gate, stages
-from scripts.run.files import read_json
+from scripts.run.files import read_env, read_json
 from scripts.run.layout import finished, from_fact, run_of
 
 DOWNLOADED = "download.json"  # what make download writes beside a model
@@ -135,7 +136,8 @@ def _data(steps: list[tuple[Path, dict[str, Any]]]) -> list[str]:
         if not summary:
             found.append(f"- {directory.name}: sets that are gone; their digest stands above")
             continue
-        kind = stages.row(directory.name).trains_on
+        recipe = read_env(directory / "stage.env").get("RECIPE", "")
+        kind = with_recipe(stages.row(directory.name), recipe).trains_on
         rows = summary["rows"].get(FOLDERS[kind], 0) if kind else 0
         corpus = f" (`{summary['corpus'][:19]}…`)" if summary.get("corpus") else ""
         what = f"{rows:,} {NAMES[kind][1]}" if kind else "no rows"

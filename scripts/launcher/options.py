@@ -176,7 +176,7 @@ class _Given:
         """Return the recipe that was named for a stage; "" if none was."""
         text = self.text(f"{row.name.upper()}_RECIPE")
         text = text or (self.text("RECIPE") if row.name == self.verb else "")
-        known = sorted(p.stem for p in (CONFIGS / row.name).glob("*.*")) if row.recipe else []
+        known = sorted({p.stem for p in (CONFIGS / row.name).glob("*.*")}) if row.recipe else []
         if text and not known:
             self.problems.append(f"RECIPE={text}: {row.name} takes none; leave it out")
         elif text and text not in known:
@@ -222,10 +222,19 @@ def _model_of(run: Run, source: str) -> str:
     return DEBUG
 
 
-def settings(model: str, stage: str) -> list[str]:
+def with_recipe(row: StageRow, recipe: str) -> StageRow:
+    """Return a stage's row, with what a comment of the recipe says of it: another tool than the
+    stage's own, and the kind of rows that it trains on."""
+    name = recipe or row.recipe
+    texts = [path.read_text(encoding="utf-8") for path in (CONFIGS / row.name).glob(f"{name}.*")]
+    found = re.search(r"^# tool: (\w+), trains on: (\w+)$", "\n".join(texts), re.M)
+    return row._replace(tool=found[1], trains_on=found[2]) if found else row
+
+
+def settings(model: str, stage: str, tool: str = "") -> list[str]:
     """Read what a model sets of a stage, in the words of the stage's tool: the arguments in
-    configs/models/<model>/<stage>.args. Empty if there is none."""
-    path = MODELS / model / f"{stage}.args"
+    configs/models/<model>/<stage>.args, or <stage>.<tool>.args. Empty if there is none."""
+    path = MODELS / model / f"{stage}{'.' if tool else ''}{tool}.args"
     if not model or not path.exists():
         return []
     return shlex.split(path.read_text(encoding="utf-8"), comments=True)

@@ -10,7 +10,7 @@ from typing import Optional
 
 from scripts.clusters.interface import Cluster, Job
 from scripts.launcher import sources
-from scripts.launcher.options import PIPELINE, Options
+from scripts.launcher.options import PIPELINE, Options, with_recipe
 from scripts.launcher.prepare import prepare
 from scripts.run import attempts, stages
 from scripts.run.errors import InputError
@@ -106,13 +106,14 @@ def _rows(options: Options) -> tuple[list[StageRow], list[str]]:
     data, prepared = stages.maker("sets"), sources.prepared(options)
     if options.verb == PIPELINE:
         rows = [r for r in stages.TABLE if r.in_line and not (r == data and prepared)]
+        rows = [with_recipe(r, options.recipes.get(r.name, "")) for r in rows]
         kinds = sources.kinds(options)
         if kinds is None:
             raise InputError(sources.unseen(options))
         out = [r for r in rows if r.trains_on and r.trains_on not in kinds]
         said = [f"{r.name}: left out; {sources.lacks(options, r, kinds)}" for r in out]
         return [r for r in rows if r not in out], said
-    row = stages.row(options.verb)
+    row = with_recipe(stages.row(options.verb), options.recipes.get(options.verb, ""))
     needs = "sets" in row.reads and not prepared
     if needs and (options.data or not finished(options.run.stage(data.name))):
         return [data, row], []

@@ -84,7 +84,7 @@ def prepare(
     for name in PLACED & facts.keys():
         facts[name] = options.here.place(facts[name], options.run)
     submission.files["stage.env"] = format_env(facts)
-    words = [*settings(options.model, row.name), *options.args.get(row.name, [])]
+    words = [*settings(options.model, row.name, row.tool), *options.args.get(row.name, [])]
     submission.files["args.json"] = dump_json(words)
     return submission, found
 
@@ -164,13 +164,16 @@ def _recipe(options: Options, row: StageRow, model: Optional[Path]) -> str:
 
 
 def _add_config(submission: Submission, model: str, recipe: str) -> list[str]:
-    """Add a copy of configs/<stage>/<recipe>.* to the submission as config.*; for a stage that
-    makes a verdict its tasks and the model's floors, too. Return what is missing."""
+    """Add a copy of configs/<stage>/<recipe>.* to the submission as config.*, and of the recipe's
+    code under its own name; for a stage that makes a verdict its tasks and the model's floors, too.
+    Return what is missing."""
     stage, folder = submission.row.name, CONFIGS / submission.row.name
     files = sorted(folder.glob(f"{recipe}.*"))
     if not files:
         return [f"configs/{stage}/{recipe}.*: missing; the stage's own recipe must be there"]
-    submission.copy(files[0], f"config{files[0].suffix}")
+    for path in files:
+        code = path.suffix == ".py"
+        submission.copy(path, path.name if code else f"config{path.suffix}")
     if submission.row.makes != "verdict":
         return []
     for path in sorted((folder / "tasks").iterdir()):

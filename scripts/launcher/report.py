@@ -59,7 +59,7 @@ def result(directory: Path, cluster: Cluster) -> str:
         return str(summary["result"])
     if makes == "verdict":
         return ", ".join(f"{name} {value:.3f}" for name, value in summary["scores"].items())
-    return f"loss {summary['loss']:.3f}" if "loss" in summary else ""
+    return attempts.learned(summary)
 
 
 def _progress(directory: Path) -> str:
@@ -70,8 +70,8 @@ def _progress(directory: Path) -> str:
         return f"{phase['name']}, {time.time() - phase['since']:.0f} s"
     if told.get("attempt") != newest or "step" not in told:
         return ""
-    loss = f", loss {told['loss']:.3f}" if "loss" in told else ""
-    return f"step {told['step']} of {told['total']}{loss}"
+    learned = attempts.learned(told)
+    return f"step {told['step']} of {told['total']}" + (f", {learned}" if learned else "")
 
 
 def speed(directory: Path) -> str:

@@ -7,6 +7,7 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
@@ -130,3 +131,8 @@ def status(directory: Path) -> str:
         return "running"
     words = {WRONG_INPUT: "refused", SAVED: "stopped", DONE: "stopped", None: "lost"}
     return words.get(past[-1].get("exit"), "failed")
+
+
+def learned(numbers: Mapping[str, Any]) -> str:
+    """Say what training is judged by: "loss 2.345", or "reward 0.500"; "" where neither is told."""
+    return next((f"{k} {numbers[k]:.3f}" for k in ("loss", "reward") if k in numbers), "")

@@ -19,6 +19,7 @@ class StageRow(NamedTuple):
     large: str = ""  # the one for a model that is too large for one GPU to train whole
     in_line: bool = True  # belongs to make pipeline
     trains_on: str = ""  # the kind of rows in its sets: text, chat or pair
+    tool: str = ""  # whose words <stage>.<tool>.args of a model are, for a recipe of another tool
     least_ranks: int = 1  # with fewer there is nothing to do
 
     @property
