@@ -51,8 +51,9 @@ help: ## This help
 	  'DRY_RUN=1' 'print what would run, to read or paste; touch nothing'
 
 ##@ The line
-demo: $(VENV) ## All stages on this machine with the debug model, from text to a served answer
-	@RUN=$${RUN:-demo} $(LAUNCH) pipeline
+demo: $(VENV) ## All stages on this machine with the debug model, or MODEL=smollm2_135m, a real one
+	@$(if $(filter-out debug,$(MODEL)),.venv/bin/python -m scripts.demo,RUN=$${RUN:-demo} \
+	  $(LAUNCH) pipeline)
 pipeline: $(VENV) ## All stages of RUN in order, going on from the first that is not done
 	@$(LAUNCH) $@
 data: $(VENV) ## Corpus → tokenizer, training and held-out sets

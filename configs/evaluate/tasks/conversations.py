@@ -35,6 +35,18 @@ class Answers(Conversation):
         }
 
 
+def another_question(rows):
+    """Give each row the turns before the answer of the next one: what of the score is style alone,
+    the answer's own likelihood after whatever was asked."""
+    turns = rows["messages"]
+
+    def swap(row, index):
+        others = turns[(index + 1) % len(turns)]
+        return {"messages": [*others[:-1], row["messages"][-1]]}
+
+    return rows.map(swap, with_indices=True)
+
+
 class Pairs(Conversation):
     """Score a held-out pair by which answer the model finds likelier."""
 
