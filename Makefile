@@ -39,7 +39,7 @@ help: ## This help
 	@printf '  %-22s %s\n' \
 	  'RUN=name' 'the run (default: the name of MODEL)' \
 	  'MODEL=debug' 'whose settings are taken (configs/models); the weights are those of FROM' \
-	  'RECIPE=lora' 'how the stage works (configs/<stage>); for pipeline: FINETUNE_RECIPE=…' \
+	  'RECIPE=lora' 'how it works (configs/<stage>, or a folder); pipeline: FINETUNE_RECIPE=…' \
 	  'CLUSTER=local|slurm|k8s' 'where stages run; local: RUNTIME=docker|podman in IMAGE=' \
 	  'NODES=1 GPUS=1' 'nodes, and processes on each' \
 	  'RUNS=folder' 'where runs are (default: runs/ here); in every command of a run' \
@@ -77,7 +77,7 @@ nccl-check: $(VENV) ## Speed and transport of the network between NODES × GPUS 
 	@$(LAUNCH) $@
 generate: .venv/installed ## Answers of RUN's model to each prompt in DATA= → OUT=, with vLLM
 	@.venv/bin/python -m scripts.generate
-download: .venv/installed ## MODEL= (or org/name) of the hub → MODELS= (models/), as FROM takes it
+download: .venv/installed ## MODEL= (or org/name) of the hub, or the data of RECIPE= → MODELS=
 	@.venv/bin/python -m scripts.download
 upload: .venv/installed ## The model of RUN, or of STAGE= of it → REPO=org/name; PUBLIC=1 FORCE=1
 	@.venv/bin/python -m scripts.upload

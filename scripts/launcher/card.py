@@ -151,7 +151,7 @@ def _scores(directory: Path, digest: str) -> list[str]:
         return ["These weights were not evaluated."]
     before, bounds = verdict.get("before", {}), {row["metric"]: row for row in verdict["floors"]}
     models = {**before, "this model": verdict}
-    wanted = [name for name in {**gate.WATCHED, **bounds} if name in verdict["scores"]]
+    wanted = [name for name in gate.told_of(verdict) if name in verdict["scores"]]
     rows = []
     for name in wanted:
         cells = [_score(said, name) for said in models.values()]
