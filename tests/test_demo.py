@@ -6,7 +6,6 @@ import pytest
 
 from scripts.download import download
 from tests.support.launching import assert_refused, call_make
-from tests.support.runs import ROOT
 
 NAME = "smollm2_135m"
 
@@ -31,7 +30,7 @@ def test_it_is_for_this_machine():
 
 def test_a_model_that_nobody_has_is_named(tmp_path):
     given = {"MODEL": "smollm2", "MODELS": str(tmp_path), "RUNS": str(tmp_path)}
-    assert_refused(call_make("demo", **given), "MODEL=smollm2", NAME)
+    assert_refused(call_make("demo", **given), "MODEL=smollm2", "did you mean smollm2_")
 
 
 def test_a_package_is_asked_for_by_its_word(tmp_path):

@@ -32,6 +32,7 @@ ROOMS = {  # what each may import, beside itself
     "download": {"tools", "run"},
     "upload": {"launcher", "tools", "run"},
     "generate": {"launcher", "tools", "run"},
+    "demo": {"run"},
 }
 LAUNCHER_SIDE = ("run", "clusters", "launcher", "launch", "volume", "conductor")
 UPSTREAM = {"torchtitan", "torchtune", "lm_eval", "vllm"}

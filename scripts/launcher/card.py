@@ -13,7 +13,7 @@ from typing import Any, Optional
 from scripts.corpus.shapes import FOLDERS, NAMES
 from scripts.launcher.options import with_recipe
 from scripts.run import gate, stages
-from scripts.run.files import read_env, read_json
+from scripts.run.files import read_json
 from scripts.run.layout import finished, from_fact, run_of
 
 DOWNLOADED = "download.json"  # what make download writes beside a model
@@ -136,7 +136,7 @@ def _data(steps: list[tuple[Path, dict[str, Any]]]) -> list[str]:
         if not summary:
             found.append(f"- {directory.name}: sets that are gone; their digest stands above")
             continue
-        recipe = read_env(directory / "stage.env").get("RECIPE", "")
+        recipe = record["facts"].get("RECIPE", "")
         kind = with_recipe(stages.row(directory.name), recipe).trains_on
         rows = summary["rows"].get(FOLDERS[kind], 0) if kind else 0
         corpus = f" (`{summary['corpus'][:19]}…`)" if summary.get("corpus") else ""
@@ -153,7 +153,7 @@ def _scores(directory: Path, digest: str) -> list[str]:
         return ["These weights were not evaluated."]
     before, bounds = verdict.get("before", {}), {row["metric"]: row for row in verdict["floors"]}
     models = {**before, "this model": verdict}
-    wanted = [name for name in {**gate.WATCHED, **bounds} if name in verdict["scores"]]
+    wanted = [name for name in gate.told_of(verdict) if name in verdict["scores"]]
     rows = []
     for name in wanted:
         cells = [_score(said, name) for said in models.values()]

@@ -20,6 +20,7 @@ from scripts.run.stages import StageRow
 
 CONFIGS = ROOT / "configs"
 MODELS = CONFIGS / "models"
+MODELS_HERE = ROOT / "models"  # where make download puts them without MODELS=
 DEBUG = "debug"  # the model of make demo
 PIPELINE = "pipeline"
 
@@ -41,6 +42,7 @@ class Options:
     columns: str = ""
     from_: str = ""  # FROM
     downloaded: str = ""  # where make download has put the model, for a stage that has no other
+    models: str = ""  # MODELS: the folder of all that was downloaded
     stage: str = ""
     bind: str = ""
     port: str = "8000"
@@ -108,7 +110,7 @@ def read(verb: str, env: Mapping[str, str]) -> Options:
         found.append(f"SERVICE: CLUSTER={cluster} serves a run under no other name; leave it out")
     model = model or _model_of(run, given.text("FROM"))
     born = row and row.from_scratch and row.ranks  # asked for by itself: from random weights
-    place = Path(given.path("MODELS") or ROOT / "models", model)
+    place = Path(given.path("MODELS") or MODELS_HERE, model)
     downloaded = model and not born and (place / "download.json").exists()
     columns = given.columns()
     found += given.problems
@@ -128,6 +130,7 @@ def read(verb: str, env: Mapping[str, str]) -> Options:
         columns=columns,
         from_=given.path("FROM"),
         downloaded=str(place) if downloaded else "",
+        models=given.path("MODELS"),
         stage=stage,
         bind=given.text("BIND", CLUSTERS[cluster].listens),
         port=given.text("PORT", "8000"),
@@ -176,11 +179,18 @@ class _Given:
         """Return the recipe that was named for a stage; "" if none was."""
         text = self.text(f"{row.name.upper()}_RECIPE")
         text = text or (self.text("RECIPE") if row.name == self.verb else "")
+        if row.makes == "verdict" and "/" in text:  # a suite of the user's own
+            text = os.path.expanduser(text).rstrip("/")
+            if not Path(text).is_dir():
+                self.problems.append(f"RECIPE={text}: no such folder; give one of lm-eval's tasks")
+            return text
         known = sorted({p.stem for p in (CONFIGS / row.name).glob("*.*")}) if row.recipe else []
         if text and not known:
             self.problems.append(f"RECIPE={text}: {row.name} takes none; leave it out")
         elif text and text not in known:
             where = f"known: {', '.join(known)} (configs/{row.name})"
+            if row.makes == "verdict":
+                where += f"; a folder of your own has a / in it: RECIPE=./{text}"
             self.problems.append(f"RECIPE={text}: unknown; {where}")
         return text
 
@@ -225,6 +235,8 @@ def _model_of(run: Run, source: str) -> str:
 def with_recipe(row: StageRow, recipe: str) -> StageRow:
     """Return a stage's row, with what a comment of the recipe says of it: another tool than the
     stage's own, and the kind of rows that it trains on."""
+    if not row.trains_on:
+        return row
     name = recipe or row.recipe
     texts = [path.read_text(encoding="utf-8") for path in (CONFIGS / row.name).glob(f"{name}.*")]
     found = re.search(r"^# tool: (\w+), trains on: (\w+)$", "\n".join(texts), re.M)

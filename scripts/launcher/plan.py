@@ -114,7 +114,7 @@ def _rows(options: Options) -> tuple[list[StageRow], list[str]]:
         said = [f"{r.name}: left out; {sources.lacks(options, r, kinds)}" for r in out]
         return [r for r in rows if r not in out], said
     row = with_recipe(stages.row(options.verb), options.recipes.get(options.verb, ""))
-    needs = "sets" in row.reads and not prepared
+    needs = "sets" in row.reads and not prepared and not sources.suite(options, row)
     if needs and (options.data or not finished(options.run.stage(data.name))):
         return [data, row], []
     return [row], []

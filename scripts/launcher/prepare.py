@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Optional
 
 from scripts.launcher import sources
-from scripts.launcher.options import CONFIGS, MODELS, PIPELINE, Options, settings
-from scripts.run import gate, modeldir, preflight, stages
+from scripts.launcher.options import CONFIGS, MODELS, MODELS_HERE, PIPELINE, Options, settings
+from scripts.run import gate, modeldir, preflight, stages, suites
 from scripts.run.digests import Digests
 from scripts.run.errors import InputError
 from scripts.run.files import dump_json, format_env, read_env, read_json
@@ -59,7 +59,11 @@ def prepare(
             submission.copy(sources.recipe(options), "config.yaml")
     elif row.recipe:
         facts["RECIPE"] = _recipe(options, row, model)
-        found += _add_config(submission, options.model, facts["RECIPE"])
+        suite = sources.suite(options, row)
+        if suite:
+            found += _add_suite(submission, options, suite, facts)
+        else:
+            found += _add_config(submission, options.model, facts["RECIPE"])
     kinds = sources.kinds(options) if row.trains_on else None
     if kinds is not None and row.trains_on not in kinds:
         found.append(sources.lacks(options, row, kinds))
@@ -68,7 +72,7 @@ def prepare(
             facts[gate.before_fact(name)] = as_fact(earlier, options.run.root)
         judged = gate.FLOORS in submission.files or gate.before_fact(gate.PARENT) in facts
         if options.verb == PIPELINE and not judged:
-            floors = relative(MODELS / options.model / gate.FLOORS)
+            floors = relative((suite or MODELS / options.model) / gate.FLOORS)
             found.append(f"{floors}: missing; the gate needs to know which scores pass")
     if row.serves:
         facts.update(BIND=options.bind, PORT=options.port)
@@ -81,7 +85,7 @@ def prepare(
         facts.update(NODES=str(options.nodes), GPUS=str(options.gpus))
     elif submission.nodes > 1:
         facts["NODES"] = str(submission.nodes)
-    for name in PLACED & facts.keys():
+    for name in [*(PLACED & facts.keys()), *suites.staged_facts(facts)]:
         facts[name] = options.here.place(facts[name], options.run)
     submission.files["stage.env"] = format_env(facts)
     words = [*settings(options.model, row.name, row.tool), *options.args.get(row.name, [])]
@@ -93,7 +97,7 @@ def _data_fact(options: Options, row: StageRow) -> dict[str, str]:
     """Return DATA as the stage reads it: the corpus, or the prepared sets."""
     if "corpus" in row.reads:
         return sources.facts(options)
-    if "sets" not in row.reads:
+    if "sets" not in row.reads or sources.suite(options, row):
         return {}
     maker = stages.maker("sets")
     sets = sources.prepared(options) or options.run.stage(maker.name) / maker.makes
@@ -183,6 +187,34 @@ def _add_config(submission: Submission, model: str, recipe: str) -> list[str]:
     if model and floors.exists():
         submission.copy(floors, gate.FLOORS)
     return []
+
+
+def _add_suite(
+    submission: Submission, options: Options, suite: Path, facts: dict[str, str]
+) -> list[str]:
+    """Add a copy of a suite's folder, the config that runs it, and facts that name its data sets.
+    Return what is missing."""
+    recipe = facts["RECIPE"]
+    own = "/" in recipe
+    if own:
+        facts["RECIPE"] = as_fact(suite, options.run.root)
+    submission.copy(
+        CONFIGS / submission.row.name / f"{suites.OWN if own else recipe}.yaml", "config.yaml"
+    )
+    try:
+        for name, path in suites.files(suite).items():
+            submission.copy(path, gate.FLOORS if name == gate.FLOORS else f"{suites.TASKS}/{name}")
+        names = sorted(suites.data_sets(suite))
+    except InputError as error:
+        return error.problems
+    models = Path(options.models or MODELS_HERE)
+    facts.update(
+        suites.facts([as_fact(suites.staged(models, name), options.run.root) for name in names])
+    )
+    if not options.here.sees_runs and options.models and not models.exists():
+        return []  # on the volume: the job looks
+    found = suites.unreadable(models) if names else []
+    return found or suites.lacking(recipe, models, options.models)
 
 
 def _disk_problems(submission: Submission, model: Optional[Path]) -> list[str]:

@@ -12,7 +12,7 @@ from scripts.corpus.files import HUB_ID
 from scripts.corpus.preview import Preview, preview
 from scripts.corpus.shapes import FOLDERS, NAMES, columns_from
 from scripts.launcher.options import CONFIGS, Options
-from scripts.run import stages
+from scripts.run import stages, suites
 from scripts.run.digests import Digests
 from scripts.run.files import read_json
 from scripts.run.layout import Run, as_fact, finished, from_fact, relative
@@ -42,6 +42,11 @@ def recipe(options: Options) -> Path:
         return Path(options.data)
     folder = CONFIGS / stages.maker("sets").name
     return folder / ("default.yaml" if options.data else "demo.yaml")
+
+
+def suite(options: Options, row: StageRow) -> Optional[Path]:
+    """Return the folder of the suite that a stage asks instead of DATA, None where it asks DATA."""
+    return suites.folder(options.recipes.get(row.name, "")) if row.makes == "verdict" else None
 
 
 def facts(options: Options) -> dict[str, str]:

@@ -7,7 +7,7 @@ one model, by its digest, held against the floors. deploy serves no model withou
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Optional
 
@@ -41,30 +41,52 @@ def before(facts: Mapping[str, str]) -> list[str]:
 def read_scores(results: Path) -> dict[str, float]:
     """Read {"task/metric": value} from an lm-eval results file, without standard errors."""
     return {
-        f"{task}/{metric.split(',')[0]}": value
+        _name(task, metric): value
         for task, metrics in read_json(results)["results"].items()
         for metric, value in metrics.items()
         if isinstance(value, float) and "_stderr" not in metric
     }
 
 
+def _name(task: str, metric: str) -> str:
+    """Name a score. lm-eval writes "metric,filter": a task that reads an answer in two ways has two
+    scores of one metric."""
+    metric, _, kept = metric.replace("_stderr", "").partition(",")
+    return f"{task}/{metric}" + (f",{kept}" if kept not in ("", "none") else "")
+
+
+def directions(results: Path, names: Optional[Iterable[str]] = None) -> dict[str, str]:
+    """Return which way is better, "more" or "less", of the scores in `names`; without them, of all
+    that have a standard error. Those that were not measured are left out."""
+    known = read_json(results)["higher_is_better"]
+    found = {}
+    for name in read_errors(results) if names is None else names:
+        task, _, metric = name.partition("/")
+        more = known.get(task, {}).get(metric.partition(",")[0])
+        if more is not None and name in read_scores(results):
+            found[name] = "more" if more else "less"
+    return found
+
+
 def read_errors(results: Path) -> dict[str, float]:
     """Read {"task/metric": standard error} from an lm-eval results file, where it has one."""
     return {
-        f"{task}/{metric.split(',')[0].removesuffix('_stderr')}": value
+        _name(task, metric): value
         for task, metrics in read_json(results)["results"].items()
         for metric, value in metrics.items()
         if isinstance(value, float) and "_stderr" in metric
     }
 
 
-def not_worse(parent: Path, results: Path) -> dict[str, dict[str, float]]:
+def not_worse(
+    parent: Path, results: Path, watched: Mapping[str, str] = WATCHED
+) -> dict[str, dict[str, float]]:
     """Return floors that say: not worse than the parent by more than ERRORS standard errors of the
-    difference. For the scores of WATCHED that both lm-eval results files have."""
+    difference. For the scores of `watched` that both lm-eval results files have."""
     before, now = read_scores(parent), read_scores(results)
     errors = read_errors(parent), read_errors(results)
     found = {}
-    for name, better in WATCHED.items():
+    for name, better in watched.items():
         if name in before and name in now:
             leeway = ERRORS * math.hypot(*(error.get(name, 0.0) for error in errors))
             if better == "less":
@@ -75,20 +97,26 @@ def not_worse(parent: Path, results: Path) -> dict[str, dict[str, float]]:
 
 
 def conclude(
-    results: Path, before: Path, floors: dict[str, dict[str, float]], empty: list[str]
+    results: Path,
+    before: Path,
+    floors: dict[str, dict[str, float]],
+    empty: list[str],
+    suite: Optional[Mapping[str, Any]] = None,
 ) -> dict[str, Any]:
     """Judge what lm-eval wrote below `results`, by the floors of tasks that are not `empty` (the
     data has no rows for them), and by what it wrote below before/<PARENT>, if it did. What it wrote
-    below before/<stage> is told beside it."""
+    below before/<stage> is told beside it. Of a `suite` its own scores are watched."""
     now = _newest(results)
     if now is None:
         raise FileNotFoundError(f"{results}: no results_*.json")
     floors = {name: bound for name, bound in floors.items() if name.split("/")[0] not in empty}
     earlier = {name: _newest(before / name) for name in (PARENT, *trained())}
     written = {name: path for name, path in earlier.items() if path}
+    watched = WATCHED if suite is None else directions(now, suite.get("scores"))
     if PARENT in written:
-        floors = {**not_worse(written[PARENT], now), **floors}
+        floors = {**not_worse(written[PARENT], now, watched), **floors}
     return {
+        "watched": list(watched),
         "without_data": empty,
         "errors": read_errors(now),
         "before": {
@@ -103,13 +131,24 @@ def _newest(folder: Path) -> Optional[Path]:
     return max(folder.rglob("results_*.json"), default=None)
 
 
+def told_of(verdict: Mapping[str, Any]) -> list[str]:
+    """Name the scores that count: those that are watched, and those that have a floor."""
+    bounds = [row["metric"] for row in verdict["floors"]]
+    return list(dict.fromkeys([*verdict.get("watched", WATCHED), *bounds]))
+
+
+def summary(verdict: Mapping[str, Any]) -> dict[str, float]:
+    """Return what stands in the table of a run: the scores that have a bound, else the watched."""
+    scores, bound = verdict["scores"], [row["metric"] for row in verdict["floors"]]
+    return {name: scores[name] for name in bound or told_of(verdict) if name in scores}
+
+
 def changes(verdict: Mapping[str, Any], name: str) -> list[str]:
     """Format one line for each score that is watched or has a floor: what it was after each stage,
     and of the model that is judged, made by the stage `name`."""
-    wanted = dict.fromkeys([*WATCHED, *(row["metric"] for row in verdict["floors"])])
     models = {**verdict["before"], name: verdict}
     found = []
-    for metric in wanted:
+    for metric in told_of(verdict):
         told = []
         for model, said in models.items():
             if metric in said["scores"]:

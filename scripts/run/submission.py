@@ -97,7 +97,16 @@ class Submission:
             path = self.directory / name
             if path.exists() and path.read_text(encoding="utf-8") != text:
                 found += self._difference(name, path, text)
-        return found
+        given = {name for name in self.files if "/" in name}  # whole folders
+        paths = [p for name in {n.split("/")[0] for n in given} for p in self._files_below(name)]
+        there = {path.relative_to(self.directory).as_posix() for path in paths}
+        found += [f"{name} is new" for name in sorted(given - there)]
+        return found + [f"{name} was there, now not" for name in sorted(there - given)]
+
+    def _files_below(self, name: str) -> list[Path]:
+        """List the files of a folder; not what Python leaves of its own."""
+        found = (self.directory / name).rglob("*")
+        return [p for p in found if p.is_file() and p.parent.name != "__pycache__"]
 
     def _difference(self, name: str, path: Path, text: str) -> list[str]:
         if name == "stage.env":

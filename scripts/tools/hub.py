@@ -54,29 +54,36 @@ class HubFile(NamedTuple):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Hold what the hub says of one commit of a repository: the files at its top."""
+    """Hold what the hub says of one commit of a repository: its files; of a model those at its
+    top."""
 
     repository: str
     revision: str
     commit: str
     licence: dict[str, str]  # licence; licence_name and licence_link where it is the model's own
     files: dict[str, HubFile]
+    kind: str = "model"  # or "dataset"
+
+    @property
+    def name(self) -> str:
+        """Return its name on the hub's pages."""
+        return page_name(self.repository, self.kind)
 
     def address(self, name: str) -> str:
         """Return the URL of a file at this commit."""
-        return hf_hub_url(self.repository, name, revision=self.commit)
+        return hf_hub_url(self.repository, name, revision=self.commit, repo_type=self.kind)
 
     def probe(self, name: str) -> None:
         """Ask for a file's size: of a gated repository anybody may list the files, and only their
         own addresses are refused. Raises InputError or NotNow."""
-        with told(self.repository, self.revision):
+        with told(self.name, self.revision):
             get_hf_file_metadata(self.address(name), timeout=PATIENCE)
 
     def fetch(self, file: HubFile, out: BinaryIO) -> None:
         """Append to a file what is still missing of it. Raises InputError or NotNow."""
         # Not packed on the way: a byte range must be one of the file itself.
         headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
-        with told(self.repository, self.revision):
+        with told(self.name, self.revision):
             http_get(
                 self.address(file.path),
                 out,
@@ -142,22 +149,29 @@ def told(repository: str, revision: str = "") -> Iterator[None]:
         raise NotNow(f"{repository}: {said}; the same command goes on") from None
 
 
-def look(repository: str, revision: str) -> Snapshot:
+def page_name(repository: str, kind: str) -> str:
+    """Return a repository's name as it stands in the address of its page."""
+    return f"datasets/{repository}" if kind == "dataset" else repository
+
+
+def look(repository: str, revision: str, kind: str = "model") -> Snapshot:
     """Ask the hub what a revision is and holds. Raises InputError or NotNow."""
-    api = HfApi()
-    with told(repository, revision):
-        info = api.model_info(repository, revision=revision, timeout=PATIENCE)
+    api, whole = HfApi(), kind == "dataset"  # whose files lie in folders
+    with told(page_name(repository, kind), revision):
+        info = api.repo_info(repository, revision=revision, repo_type=kind, timeout=PATIENCE)
         commit = info.sha or ""
-        tree = list(api.list_repo_tree(repository, revision=commit))
+        tree = list(
+            api.list_repo_tree(repository, revision=commit, repo_type=kind, recursive=whole)
+        )
     card = info.card_data.to_dict() if info.card_data else {}
     words = {"license": "licence", "license_name": "licence_name", "license_link": "licence_link"}
     licence = {ours: str(card[theirs]) for theirs, ours in words.items() if card.get(theirs)}
     files = {}
     for item in tree:
-        if isinstance(item, RepoFile) and "/" not in item.path:
+        if isinstance(item, RepoFile) and (whole or "/" not in item.path):
             known = item.lfs.sha256 if item.lfs else item.blob_id
             files[item.path] = HubFile(item.path, item.size, known, bool(item.lfs))
-    return Snapshot(repository, revision, commit, licence, files)
+    return Snapshot(repository, revision, commit, licence, files, kind)
 
 
 def about(api: HfApi, repository: str) -> ModelInfo | None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from scripts.run.digests import sha256
 from scripts.run.errors import FAULT, InputError
@@ -77,6 +77,9 @@ class Download:
     force: bool = False
     licence: str = ""
     record: dict[str, Any] = field(default_factory=dict)
+    kind: ClassVar[str] = "model"
+    record_name: ClassVar[str] = RECORD
+    use: ClassVar[str] = "for a stage: FROM={}"
 
     @property
     def part(self) -> Path:
@@ -92,7 +95,7 @@ class Download:
         """Download what is not there, and say what was done. Raises InputError or NotNow."""
         there = self.existing()
         try:
-            snapshot = look(self.repository, self.revision)
+            snapshot = look(self.repository, self.revision, self.kind)
         except NotNow:
             if there and self.revision in (there["revision"], there["commit"]) and not self.force:
                 return self.done(there, "there already, and the hub was not asked")
@@ -107,10 +110,10 @@ class Download:
                 f"{self.revision} of {self.repository} now is {snapshot.commit[:12]}; FORCE=1 "
                 "replaces it, MODELS=<another folder> keeps both"
             )
-        found = content_problems(snapshot)
+        found = self.problems(snapshot)
         if found:
             raise InputError(found)
-        snapshot.probe("config.json")
+        snapshot.probe(self.wanted(snapshot, {})[-1])
         if dry_run:
             return self.shown(snapshot)
         self.part.mkdir(parents=True, exist_ok=True)
@@ -119,12 +122,16 @@ class Download:
             self.settle()
         return self.done(self.record, "downloaded, every file's hash is the hub's")
 
+    def problems(self, snapshot: Snapshot) -> list[str]:
+        """List why a repository is not what is to be downloaded."""
+        return content_problems(snapshot)
+
     def existing(self) -> dict[str, Any] | None:
         """Return the record of what lies at the target, None if nothing does. Raises InputError
         where it is none of ours, or not whole any more."""
         if not self.target.exists() and not self.target.is_symlink():
             return None
-        record = read_json(self.target / RECORD) if self.target.is_dir() else None
+        record = read_json(self.target / self.record_name) if self.target.is_dir() else None
         if not record:
             mend = "move it away, or choose another place with MODELS="
             raise InputError(f"{self.target}: was not downloaded by make download; {mend}")
@@ -139,11 +146,10 @@ class Download:
         """Say what lies at the target now."""
         size = sum(file["bytes"] for file in record["files"].values()) / GB
         licence = record.get("licence_name") or record.get("licence") or "not told by the hub"
-        at = record["commit"]
-        at = f"commit {at[:12]}" if len(at) == 40 else at
+        at = record["commit"] if "=" in record["commit"] else f"commit {record['commit'][:12]}"
         return (
             f"{record['hub']} at {at}, {size:.2f} GB, licence {licence}: "
-            f"{how}; for a stage: FROM={shlex.quote(relative(self.target))}"
+            f"{how}; {self.use.format(shlex.quote(relative(self.target)))}"
         )
 
     def shown(self, snapshot: Snapshot) -> str:
@@ -172,7 +178,7 @@ class Download:
         """Bring every file that is not there into the folder, and write its record."""
         about = {"licence": self.licence} if self.licence else {}
         about = {**about, **snapshot.licence}
-        before = read_json(self.part / RECORD) or {}
+        before = read_json(self.part / self.record_name) or {}
         self.record = {
             "hub": self.repository,
             "revision": self.revision,
@@ -190,7 +196,7 @@ class Download:
             self.fetch(snapshot, file)
         known = self.record["files"]
         self.record["files"] = {file.path: known[file.path] for file in files}
-        write_json(self.part / RECORD, self.record)
+        write_json(self.part / self.record_name, self.record)
 
     def half(self, file: HubFile) -> Path:
         """Name the file that holds what has come of another. It names the content, too: bytes of
@@ -199,10 +205,10 @@ class Download:
 
     def remove_stale(self, files: list[HubFile]) -> None:
         """Remove what a try for another commit has left."""
-        kept = {RECORD, *(f.path for f in files), *(self.half(f).name for f in files)}
-        for path in self.part.iterdir():
-            if path.name not in kept:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        kept = {self.part / self.record_name, *(self.part / f.path for f in files)}
+        for path in {p for p in self.part.rglob("*") if p.is_file()} - kept:
+            if path not in map(self.half, files):
+                path.unlink()
 
     def refuse_what_does_not_fit(self, files: list[HubFile]) -> None:
         """Raise InputError if the disk cannot hold what is still to come, or http a file of it."""
@@ -236,6 +242,7 @@ class Download:
                 break
             if (file_size(half) or 0) > file.size:
                 half.unlink()
+            half.parent.mkdir(parents=True, exist_ok=True)
             with open(half, "ab") as out:
                 snapshot.fetch(file, out)
                 out.flush()
@@ -253,7 +260,7 @@ class Download:
             )
         known = file.hash if file.large else sha256(path)
         self.record["files"][file.path] = {"sha256": known, "bytes": file.size}
-        write_json(self.part / RECORD, self.record)
+        write_json(self.part / self.record_name, self.record)
 
     def settle(self) -> None:
         """Give the folder its name by one rename; what FORCE=1 replaces goes after it."""

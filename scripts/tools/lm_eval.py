@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from scripts.job.rank import Rank
-from scripts.run import gate
+from scripts.run import gate, suites
 from scripts.run.errors import InputError
 from scripts.run.files import read_json
-from scripts.tools import patches
+from scripts.tools import lm_eval_tasks, patches
 from scripts.tools.config_check import against_dataclass
 from scripts.tools.decoder import attention
 
@@ -33,24 +33,36 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def evaluate(rank: Rank) -> None:
-    """Run lm-eval's own command line on FROM, with the run's tasks that DATA has rows for; then on
-    each model that FROM was trained from; of those only the parent must still be there.
+    """Run lm-eval's own command line on FROM, with the tasks of a suite, or those that DATA has
+    rows for; then on each model that FROM was trained from; of those only the parent must be there.
 
-    Raises InputError with every unknown key and wrong type of its config at once.
+    Raises InputError with every unknown key and wrong type of its config at once, and with every
+    task that cannot be asked.
     """
     rank.phase("imports lm-eval")
-    config, tasks = read_yaml(rank.config), rank.directory / "tasks"
-    patches.lm_eval_without_bundled_tasks(config.get("tasks"), tasks)
-    from lm_eval import evaluator
-    from lm_eval.__main__ import cli_evaluate
+    config, tasks = read_yaml(rank.config), rank.directory / suites.TASKS
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
     found = against_dataclass(EvaluatorConfig, config)
     if found:
         raise InputError([f"{rank.config}: {problem}" for problem in found])
+    own = lm_eval_tasks.index(tasks)
+    names = lm_eval_tasks.in_arguments(rank.arguments) or _listed(config.get("tasks"))
+    names = names or lm_eval_tasks.outermost(own, tasks)
+    members = [name for entry in own.values() for name in lm_eval_tasks.members(entry)]
+    patches.lm_eval_without_bundled_tasks([*names, *members], own)
+    patches.lm_eval_reads_staged(lm_eval_tasks.staged(rank))
+    from lm_eval import evaluator
+    from lm_eval.__main__ import cli_evaluate
+
     # Without a word it takes a GPU for granted, and dies where there is none.
     device = [] if config.get("device") else ["--device", _device()]
-    names = with_data(config.get("tasks") or [], tasks, rank.path("DATA"))
+    rank.phase("reads the tasks")
+    manager = lm_eval_tasks.refuse_unknown([*names, *members], tasks)
+    if lm_eval_tasks.is_suite(rank):
+        lm_eval_tasks.build(names, manager)
+    else:
+        names = with_data(names, tasks, rank.path("DATA"))
     upstream = evaluator.evaluate
     models = {"the model": ("FROM", RESULTS)}
     for name in gate.before(rank.facts):
@@ -78,6 +90,11 @@ def evaluate(rank: Rank) -> None:
         sys.argv += ["--output_path", str(rank.directory / folder), "--log_samples"]
         sys.argv += ["--tasks", ",".join(names), "--model_args", model, *device, *rank.arguments]
         cli_evaluate()
+
+
+def _listed(tasks: Any) -> list[str]:
+    """Return the tasks of a config, which lm-eval takes as a list and with commas."""
+    return tasks.split(",") if isinstance(tasks, str) else list(tasks or [])
 
 
 def _device() -> str:

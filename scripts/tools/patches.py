@@ -7,7 +7,10 @@ nothing where there is a GPU.
 from __future__ import annotations
 
 import types
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
+
+from scripts.run.errors import InputError
 
 
 def torchtitan(world: int) -> None:
@@ -175,19 +178,57 @@ def _sum_reduction_on_gloo() -> None:
     FSDPParamGroup.__init__ = __init__
 
 
-def lm_eval_without_bundled_tasks(names: list[str] | None, local: Path) -> None:
-    """Keep lm-eval 0.4.13 from indexing its 13,986 bundled task files, 7 s at every start.
+def lm_eval_without_bundled_tasks(names: Iterable[str], known: Container[str]) -> None:
+    """Keep lm-eval 0.4.13 from indexing its 13,986 bundled task files, 7 s: wholly where every task
+    in `names` is one of those `known`, of the run's own; else but for the first time.
 
-    Its command line cannot be told not to. Acts only where every task in `names` lies in the
-    folder `local`.
+    Its command line cannot be told not to, and builds the index anew for every model.
     """
     import functools
 
     import lm_eval.tasks
+    from lm_eval.tasks.manager import TaskIndex
 
-    if set(names or ["bundled"]) <= {path.stem for path in local.glob("*.yaml")}:
+    if all(name in known for name in names):
         manager = lm_eval.tasks.TaskManager
         lm_eval.tasks.TaskManager = functools.partial(manager, include_defaults=False)
+    upstream, built = TaskIndex.build, {}
+
+    def build(paths):
+        key = tuple(map(str, paths))
+        if key not in built:
+            built[key] = upstream(paths)
+        return dict(built[key])
+
+    TaskIndex.build = staticmethod(build)
+
+
+def lm_eval_reads_staged(staged: Mapping[str, Path]) -> None:
+    """Let the tasks of lm-eval 0.4.13 read data sets of the hub from folders: `staged`, by name.
+
+    datasets 5.2 finds offline only what it has prepared itself, in a cache whose form is its own,
+    and a task's YAML can name another path only task by task. Goes when lm-eval can be told where a
+    data set lies. One that is not staged raises InputError, where the hub may not be asked.
+    """
+    import datasets
+    import lm_eval.api.task
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as readers
+
+    def load_dataset(path, name=None, **keywords):
+        if path in staged:
+            keywords.pop("revision", None)  # it was chosen when it was staged
+            return datasets.load_dataset(str(staged[path]), name, **keywords)
+        of_the_hub = path not in readers and not Path(path).exists()
+        if of_the_hub and datasets.config.HF_HUB_OFFLINE:
+            raise InputError(
+                f"{path}: a data set of the hub that was not staged for this run; name it in the "
+                f'suite\'s suite.json, {{"data": {{"{path}": "main"}}}}, then make download '
+                "RECIPE=<the suite> (docs/evaluate.md)"
+            )
+        return datasets.load_dataset(path, name, **keywords)
+
+    known = {**vars(datasets), "load_dataset": load_dataset}
+    lm_eval.api.task.datasets = types.SimpleNamespace(**known)
 
 
 def vllm_engine_by_fork() -> None:

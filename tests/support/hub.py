@@ -1,4 +1,5 @@
 """A local server that speaks as much of the Hugging Face hub's API as download and upload need.
+A data set is a repository whose name begins with datasets/.
 
 Token hf_NAME is user NAME, who owns the repositories NAME/…; any other token is none. Content lies
 in one folder, each file named by its sha256.
@@ -16,7 +17,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-LFS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")  # the hub takes them as LFS in any size
+LFS = (
+    ".safetensors",
+    ".bin",
+    ".gguf",
+    ".pt",
+    ".pth",
+    ".parquet",
+)  # the hub takes them as LFS in any size
 SMALL = 10 << 20  # bytes; of other files the larger ones
 
 
@@ -184,8 +192,14 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, {**about, "disabled": False, "tags": [], "downloads": 0, "likes": 0})
 
     def tree(self, name, revision):
-        rows = []
-        for path, file in sorted(self.commit(self.repository(name), revision)[1].items()):
+        rows, whole = [], "recursive=true" in urlsplit(self.path).query.lower()
+        files = self.commit(self.repository(name), revision)[1]
+        if not whole:
+            folders = dict.fromkeys(path.split("/")[0] for path in files if "/" in path)
+            rows += [{"type": "directory", "path": path, "oid": "0" * 40} for path in folders]
+        for path, file in sorted(files.items()):
+            if "/" in path and not whole:
+                continue
             row = {"type": "file", "path": path, "oid": file["git"], "size": file["size"]}
             if file["lfs"]:
                 row["lfs"] = {"oid": file["oid"], "size": file["size"], "pointerSize": 134}
@@ -329,12 +343,16 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, {"success": True, "commitOid": sha, "commitUrl": url, "hookOutput": ""})
 
 
-NAME, H = r"([\w.-]+/[\w.-]+)", Handler
+NAME, DATA, H = r"([\w.-]+/[\w.-]+)", r"(datasets/[\w.-]+/[\w.-]+)", Handler
 ROUTES = [
     ("GET", "/api/whoami-v2", H.whoami),
     ("POST", "/api/repos/create", H.create),
     ("POST", "/api/validate-yaml", H.validate),
     ("GET", f"/api/models/{NAME}", H.info),
+    ("GET", f"/api/{DATA}", H.info),
+    ("GET", f"/api/{DATA}/revision/([^/]+)", H.info),
+    ("GET", f"/api/{DATA}/tree/([^/]+)", H.tree),
+    ("GET HEAD", f"/{DATA}/resolve/([^/]+)/(.+)", H.resolve),
     ("PUT", f"/api/models/{NAME}/settings", H.settings),
     ("GET", f"/api/models/{NAME}/revision/([^/]+)", H.info),
     ("GET", f"/api/models/{NAME}/tree/([^/]+)", H.tree),
