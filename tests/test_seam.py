@@ -1,7 +1,10 @@
 """The seam between the tools, on random weights: one config.json, one tokenizer, one chat
 template."""
 
+import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -10,6 +13,7 @@ from scripts.tools.decoder import PROVEN
 from tests.support.families import FAMILIES, OWN, write_family
 from tests.support.logits import assert_same_logits, differences
 from tests.support.models import make_model
+from tests.support.runs import ROOT
 
 CHAT = [
     {"role": "system", "content": "Be brief.  "},
@@ -37,6 +41,21 @@ def test_every_tool_computes_the_same_logits(tmp_path, name):
     directory = write_family(name, tmp_path / "model")
     found = differences(directory, list(range(7, 107)), OWN.get(name, ()))
     assert max(found.values()) <= 1e-5, found
+
+
+@pytest.mark.slow
+def test_vllm_serves_what_was_trained(tmp_path):
+    """Of heads as wide as its kernels for a CPU want."""
+    folders = {}
+    for index, (name, (_, odd)) in enumerate(FAMILIES.items()):
+        wide = {"head_dim": 32} if "head_dim" in odd else {}
+        folders[str(write_family(name, tmp_path / str(index), hidden_size=128, **wide))] = name
+    words = [sys.executable, "-m", "tests.support.vllm_logits", *folders]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {folders[f]: off for f, off in json.loads(done.stdout.splitlines()[-1]).items()}
+    assert len(found) == len(FAMILIES)
+    assert {name: off for name, off in found.items() if off > 1e-5} == {}
 
 
 def test_proven_families_are_those_that_are_tried():

@@ -1,9 +1,14 @@
 """Suites: published tasks and a user's own, on data sets that were staged before."""
 
+import functools
+import hashlib
 import io
 import json
 import os
 import shutil
+import threading
+import zipfile
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,6 +18,8 @@ import yaml
 
 from scripts.run import gate, suites
 from scripts.run.errors import InputError
+from scripts.tools import hub_datasets
+from scripts.tools.hub import NotNow
 from tests.support.hub import Hub
 from tests.support.launching import assert_refused, call_make, launch, said
 from tests.support.models import make_model
@@ -270,6 +277,57 @@ def test_a_suite_is_staged_with_every_hash_and_goes_on(hub, tmp_path):
     assert_refused(stage(RECIPE=str(mine), MODELS=str(tmp_path / "a[b]")), "one of [ ] * ?")
 
 
+@pytest.fixture
+def nltk_server(tmp_path, monkeypatch):
+    """The folder of a server that nltk takes for its own; it would not ask one on this machine."""
+    place = tmp_path / "nltk server"
+    place.mkdir()
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(place))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    with zipfile.ZipFile(place / "punkt_tab.zip", "w") as out:
+        out.writestr("punkt_tab/english/abbrev_types.txt", "dr\n")
+    data = (place / "punkt_tab.zip").read_bytes()
+    about = {
+        "id": "punkt_tab",
+        "name": "punkt",
+        "subdir": "tokenizers",
+        "url": f"{url}/punkt_tab.zip",
+        "size": str(len(data)),
+        "unzipped_size": "3",
+        "checksum": hashlib.md5(data).hexdigest(),  # noqa: S324  nltk's own
+        "sha256_checksum": hashlib.sha256(data).hexdigest(),
+        "unzip": "1",
+    }
+    words = " ".join(f'{key}="{value}"' for key, value in about.items())
+    index = f"<nltk_data><packages><package {words}/></packages><collections/></nltk_data>"
+    (place / "index.xml").write_text(index)
+    monkeypatch.setattr("nltk.pathsec._ip_is_forbidden", lambda _: False)
+    monkeypatch.setattr("nltk.downloader.Downloader.DEFAULT_URL", f"{url}/index.xml")
+    yield place
+    server.shutdown()
+
+
+def test_the_data_of_nltk_is_staged_and_a_damaged_one_is_not(nltk_server, tmp_path):
+    mine, models = own(tmp_path / "mine", a={"task": "a"}), tmp_path / "models"
+    (mine / "suite.json").write_text('{"nltk": ["punkt_tab"]}')
+    assert "nltk_data" in suites.lacking(str(mine), models, "")[0]
+    whole = (nltk_server / "punkt_tab.zip").read_bytes()
+    (nltk_server / "punkt_tab.zip").write_bytes(bytes([*whole[:-1], whole[-1] ^ 1]))
+    with pytest.raises(NotNow, match="punkt_tab did not come"):
+        hub_datasets.stage(str(mine), models, force=False, dry_run=False)
+    assert suites.lacking(str(mine), models, "")
+    (nltk_server / "punkt_tab.zip").write_bytes(whole)
+    said = hub_datasets.stage(str(mine), models, force=False, dry_run=False)
+    assert "punkt_tab: staged" in said
+    assert suites.lacking(str(mine), models, "") == []
+    there = models / "datasets/nltk_data/tokenizers"
+    assert (there / "punkt_tab/english/abbrev_types.txt").read_text() == "dr\n"
+    again = hub_datasets.stage(str(mine), models, force=False, dry_run=False)
+    assert "there already" in again
+
+
 # --- scores
 
 
@@ -368,6 +426,18 @@ def test_two_readings_of_one_answer_are_two_scores(tmp_path):
     }
 
 
+def test_a_group_whose_direction_lm_eval_leaves_out_counts(tmp_path):
+    results(tmp_path / "now", {"mmlu/acc,none": (0.5, 0.1), "mmlu_stem/acc,none": (0.5, 0.1)})
+    now = next((tmp_path / "now").iterdir())
+    told = read_json(now)
+    del told["higher_is_better"]["mmlu"]  # as lm-eval 0.4.13 does
+    now.write_text(json.dumps(told))
+    assert gate.directions(now, ["mmlu/acc"]) == {"mmlu/acc": "more"}
+    told["higher_is_better"]["other"] = {"acc": False}
+    now.write_text(json.dumps(told))
+    assert gate.directions(now, ["mmlu/acc"]) == {}, "nobody knows which way is better"
+
+
 @pytest.mark.parametrize(
     ("now", "more", "passed"),
     [(0.48, True, True), (0.46, True, False), (0.54, True, True), (0.54, False, False)],
@@ -401,3 +471,53 @@ def test_data_sets_are_found_where_tasks_name_them(tmp_path):
     with pytest.raises(InputError, match="may hold"):
         suites.data_sets(mine)
     assert suites.hub_name(suites.staged(Path("m"), "org/a--b")) == "org/a--b"
+
+
+# --- chat
+
+
+def punkt(folder, monkeypatch):
+    """Write what nltk's punkt_tab is, learned from a few made-up sentences."""
+    from nltk.tokenize.punkt import PunktTrainer, save_punkt_params
+
+    trainer, place = PunktTrainer(), folder / "tokenizers/punkt_tab/english"
+    trainer.train("Here is one. Dr. Smith has another. And Mr. Jones writes a third. " * 20)
+    place.mkdir(parents=True)
+    monkeypatch.setenv("NLTK_DATA", str(folder))  # nltk writes nowhere else
+    monkeypatch.setattr("nltk.data.path", [str(folder)])
+    save_punkt_params(trainer.get_params(), dir=str(place))
+
+
+@pytest.mark.slow
+def test_instructions_are_judged_by_rules(hub, runs, tiny, tmp_path, monkeypatch):
+    pytest.importorskip("langdetect", reason="lm-eval's extra ifeval is not locked yet")
+    pytest.importorskip("immutabledict", reason="lm-eval's extra ifeval is not locked yet")
+    pin = suites.about(CHAT)["data"]["google/IFEval"]
+    asks = {"no_comma": ("punctuation:no_comma", {}), "three": (SENTENCES, THREE)}
+    rows = [
+        {"key": n, "prompt": name, "instruction_id_list": [rule], "kwargs": [{**EMPTY, **given}]}
+        for n, (name, (rule, given)) in enumerate(asks.items())
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    files = {"README.md": b"---\nlicense: apache-2.0\n---\n", "ifeval_input_data.jsonl": text}
+    commit = hub.add("datasets/google/IFEval", files)
+    repository = hub.repositories["datasets/google/IFEval"]
+    repository.commits[pin] = repository.commits.pop(commit)  # as the real one is called
+    place = tmp_path / "my models/datasets/nltk_data"
+    punkt(place, monkeypatch)
+    (place / ".download.json").write_text('{"commit": "", "packages": ["punkt_tab"], "files": {}}')
+    assert stage(RECIPE="chat").returncode == 0
+    hub.close()
+    arguments = "--gen_kwargs max_gen_toks=8"
+    result = call_make("evaluate", RUN="c", RECIPE="chat", FROM=str(tiny), ARGS=arguments)
+    assert result.returncode == 0, said(result)
+    verdict = read_json(stage_dir("c", "evaluate") / "verdict.json")
+    assert verdict["watched"] == list(suites.about(CHAT)["scores"])
+    strict = verdict["scores"]["ifeval/prompt_level_strict_acc"]
+    assert strict in (0.0, 0.5, 1.0)
+    assert verdict["scores"]["ifeval/inst_level_strict_acc"] == strict
+
+
+SENTENCES = "length_constraints:number_sentences"
+THREE = {"num_sentences": 3, "relation": "at least"}
+EMPTY = {"num_sentences": None, "relation": None}

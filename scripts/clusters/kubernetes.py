@@ -25,7 +25,7 @@ from scripts.clusters.kubernetes_copy import NAME, RunCopy
 from scripts.clusters.kubernetes_pods import Pods
 from scripts.clusters.kubernetes_service import Services
 from scripts.clusters.kubernetes_text import VOLUME, kustomization
-from scripts.run import attempts, stages
+from scripts.run import attempts, stages, suites
 from scripts.run.errors import DONE, FAULT, InputError
 from scripts.run.files import read_env, read_json, write_atomic, write_json
 from scripts.run.layout import Run, finished, from_fact, relative, run_of
@@ -75,7 +75,7 @@ class Kubernetes(Cluster):
         row, found = submission.row, []
         if row.serves:
             found += service.problems(submission)
-        for fact in ("DATA", "VALIDATION", "FROM"):
+        for fact in ("DATA", "VALIDATION", "FROM", *suites.staged_facts(submission.facts)):
             path = submission.facts.get(fact, "")
             if path.startswith("/") and not path.startswith(f"{VOLUME}/"):
                 found.append(f"{fact}={path}: neither here nor below {VOLUME}, which pods see")
@@ -96,7 +96,7 @@ class Kubernetes(Cluster):
         with tempfile.TemporaryDirectory() as folder:
             for name, text in submission.files.items():
                 path = Path(folder, name)
-                path.parent.mkdir(exist_ok=True)
+                path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text, encoding="utf-8")
             if submission.row.serves:
                 downtime = self.environment.get("DOWNTIME", "0") not in ("", "0")

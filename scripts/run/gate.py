@@ -58,13 +58,16 @@ def _name(task: str, metric: str) -> str:
 def directions(results: Path, names: Optional[Iterable[str]] = None) -> dict[str, str]:
     """Return which way is better, "more" or "less", of the scores in `names`; without them, of all
     that have a standard error. Those that were not measured are left out."""
-    known = read_json(results)["higher_is_better"]
+    known, scores = read_json(results)["higher_is_better"], read_scores(results)
     found = {}
     for name in read_errors(results) if names is None else names:
         task, _, metric = name.partition("/")
-        more = known.get(task, {}).get(metric.partition(",")[0])
-        if more is not None and name in read_scores(results):
-            found[name] = "more" if more else "less"
+        metric = metric.partition(",")[0]
+        # lm-eval leaves out a group of groups, as mmlu: there the word of all tasks holds.
+        rows = [known[task]] if task in known else known.values()
+        words = {row[metric] for row in rows if row.get(metric) is not None}
+        if len(words) == 1 and name in scores:
+            found[name] = "more" if words.pop() else "less"
     return found
 
 

@@ -15,7 +15,7 @@ from typing import Any, Optional
 from scripts.run import stages
 from scripts.run.errors import InputError
 from scripts.run.files import read_json
-from scripts.run.layout import ROOT
+from scripts.run.layout import ROOT, relative
 
 OWN = "custom"  # the recipe whose config runs a folder of the user's
 ABOUT, TASKS = "suite.json", "tasks"  # the latter: where the folder lies in a stage's directory
@@ -68,7 +68,8 @@ def files(place: Path) -> dict[str, Path]:
             wrong.append(f"{path}: give it a name of letters, digits, _ - and .")
         found[name] = path
     if not any(name.endswith(".yaml") for name in found) and place.parent != _configs():
-        wrong.append(f"{place}: holds no task, a .yaml file as lm-eval reads it; {OWN}/ of configs")
+        example = relative(_configs() / OWN)
+        wrong.append(f"{place}: holds no task, which is a .yaml file of lm-eval; {example} has one")
     if wrong:
         raise InputError(wrong)
     return found
