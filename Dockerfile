@@ -46,7 +46,8 @@ ARG ACCELERATOR
 ARG TORCH_CPU=
 ARG TORCH_INDEX=
 COPY versions.env ./
-COPY requirements/install.sh requirements/uv.lock requirements/${ACCELERATOR}.lock requirements/
+COPY requirements/install.sh requirements/uv.lock requirements/quantize.lock \
+  requirements/${ACCELERATOR}.lock requirements/
 # The secret is a certificate of the site's own, where its network needs one; it stays in no layer.
 RUN --mount=type=bind,from=wheels,target=/wheels \
     --mount=type=secret,id=ca_bundle \
@@ -59,6 +60,8 @@ RUN --mount=type=bind,from=wheels,target=/wheels \
     fi \
  && export PIP_NO_CACHE_DIR=1 UV_NO_CACHE=1 LOCKS="requirements/$ACCELERATOR.lock" \
  && sh requirements/install.sh \
+ && .venv/bin/python -m uv pip install --no-deps --require-hashes --target .venv/quantize \
+      --requirement requirements/quantize.lock \
  && rm -rf ~/.cache /tmp/*
 
 # Any user may write this home: a launcher starts the image as the one who owns the run, and the

@@ -5,8 +5,8 @@ PYTHON  ?= python3
 CLUSTER ?= local
 OPTIONS := RUN MODEL RECIPE CLUSTER NODES GPUS FROM DATA ARGS STAGE DRY_RUN FORCE BIND PORT \
   API_KEY_FILE PROMPT RUNS VALIDATION COLUMNS RUNTIME IMAGE MOUNTS SERVICE DOWNTIME MODELS REPO \
-  PUBLIC DATA_ARGS PRETRAIN_ARGS FINETUNE_ARGS ALIGN_ARGS EVALUATE_ARGS DEPLOY_ARGS \
-  PRETRAIN_RECIPE FINETUNE_RECIPE ALIGN_RECIPE EVALUATE_RECIPE DEPLOY_RECIPE
+  PUBLIC QUANTIZE DATA_ARGS PRETRAIN_ARGS FINETUNE_ARGS ALIGN_ARGS QUANTIZE_ARGS EVALUATE_ARGS \
+  DEPLOY_ARGS PRETRAIN_RECIPE FINETUNE_RECIPE ALIGN_RECIPE EVALUATE_RECIPE DEPLOY_RECIPE
 IMAGE_OPTIONS := ACCELERATOR BASE_IMAGE EFA TAG WHEELS TORCH_CPU OUT LINE
 # As they were given: make would read a $ in them as its own variable, and run a $(shell …).
 $(foreach name,$(OPTIONS) $(IMAGE_OPTIONS),$(eval override $(name) := $$(value $(name))))
@@ -15,6 +15,7 @@ export $(OPTIONS) $(IMAGE_OPTIONS)
 LAUNCH := $(PYTHON) -m scripts.launch
 VENV   := $(if $(or $(filter-out 0,$(DRY_RUN)),$(filter-out local,$(CLUSTER)),$(RUNTIME)),,\
   .venv/installed)
+SMALL  := $(if $(VENV),.venv/quantize/installed)
 # .venv holds what another ACCELERATOR needs.
 OTHER  := $(if $(ACCELERATOR),$(if $(filter $(ACCELERATOR),$(file < .venv/installed)),,reinstall))
 TEST   := .venv/bin/python -m pytest -q
@@ -22,9 +23,9 @@ LAUNCHER := scripts/run scripts/clusters scripts/launcher
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo pipeline data pretrain finetune align evaluate deploy undeploy rollback \
-  chat nccl-check status logs lineage stop cancel clean compare models generate download upload \
-  filters test test-all test-nightly test-slurm test-kubernetes lint lock golden image squashfs \
-  sif image-push image-check sbom reinstall
+  chat quantize nccl-check status logs lineage stop cancel clean compare models generate \
+  download upload filters test test-all test-nightly test-slurm test-kubernetes lint lock golden \
+  image squashfs sif image-push image-check sbom reinstall
 
 # STEPS=50 would train with the default. Names with a _ may be a program's, as SBATCH_TIMELIMIT.
 UNKNOWN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
@@ -51,31 +52,21 @@ help: ## This help
 	  'DRY_RUN=1' 'print what would run, to read or paste; touch nothing'
 
 ##@ The line
-demo: $(VENV) ## All stages on this machine, to a served answer: with the debug model, or a real MODEL=
+demo: $(VENV) ## All stages here, to a served answer: with the debug model, or a real MODEL=
 	@$(if $(filter-out debug,$(MODEL)),.venv/bin/python -m scripts.demo,RUN=$${RUN:-demo} \
 	  $(LAUNCH) pipeline)
 pipeline: $(VENV) ## All stages of RUN in order, going on from the first that is not done
-	@$(LAUNCH) $@
 data: $(VENV) ## Corpus → tokenizer, training and held-out sets
-	@$(LAUNCH) $@
 pretrain: $(VENV) ## Text → model, with torchtitan
-	@$(LAUNCH) $@
 finetune: $(VENV) ## Model → instruction model, with torchtune
-	@$(LAUNCH) $@
 align: $(VENV) ## Preference optimisation (DPO), with torchtune
-	@$(LAUNCH) $@
 evaluate: $(VENV) ## Scores and the verdict that deploy asks for, with lm-eval
-	@$(LAUNCH) $@
 deploy: $(VENV) ## Serve the model with vLLM's OpenAI API, in the background
-	@$(LAUNCH) $@
 chat: ## Talk to the served model; PROMPT="…" asks once
-	@$(LAUNCH) chat
 undeploy: ## Stop serving
-	@$(LAUNCH) $@
 rollback: ## Serve again what SERVICE= had before, with CLUSTER=k8s
-	@$(LAUNCH) $@
+quantize: $(SMALL) ## RUN's model in 8 or 4 bits → run RUN-RECIPE; deploy QUANTIZE=int8 goes on
 nccl-check: $(VENV) ## Speed and transport of the network between NODES × GPUS ranks; slow nodes
-	@$(LAUNCH) $@
 generate: .venv/installed ## Answers of RUN's model to each prompt in DATA= → OUT=, with vLLM
 	@.venv/bin/python -m scripts.generate
 download: .venv/installed ## MODEL= (or org/name) of the hub, or the data of RECIPE= → MODELS=
@@ -85,20 +76,17 @@ upload: .venv/installed ## The model of RUN, or of STAGE= of it → REPO=org/nam
 
 ##@ A run
 status: ## What is done, running, failed
-	@$(LAUNCH) $@
 logs: ## The end of the newest log (STAGE=…)
-	@$(LAUNCH) $@
 lineage: ## From the served model back to the corpus, by digests
-	@$(LAUNCH) $@
 stop: ## Save and stop what is running; the same command goes on
-	@$(LAUNCH) $@
 cancel: ## End it at once, without saving
-	@$(LAUNCH) $@
 clean: ## Remove the run, or one STAGE= of it
-	@$(LAUNCH) $@
 compare: ## Scores of RUN=a,b side by side, with errors
-	@$(LAUNCH) $@
 models: ## The models that have a name (any other by FROM): size, licence, memory
+
+evaluate deploy: $(if $(QUANTIZE),$(SMALL))
+pipeline data pretrain finetune align quantize evaluate deploy undeploy rollback chat nccl-check \
+  status logs lineage stop cancel clean compare models:
 	@$(LAUNCH) $@
 
 ##@ The image (image/build.sh names its variables)
@@ -117,6 +105,9 @@ sif: ## Write IMAGE= as one file for apptainer
 setup: .venv/installed ## Install .venv from the lock (stages on this machine do it by themselves)
 .venv/installed: requirements/cpu.lock requirements/dev.lock requirements/install.sh $(OTHER)
 	@PYTHON=$(PYTHON) sh requirements/install.sh
+.venv/quantize/installed: requirements/quantize.lock .venv/installed
+	@rm -rf $(@D) && .venv/bin/python -m uv pip install --quiet --no-deps --require-hashes \
+	  --target $(@D) --requirement $< && touch $@
 filters: .venv/filters ## Install datatrove, for the filters of a data recipe (docs/data.md)
 .venv/filters: requirements/filters.lock .venv/installed
 	@.venv/bin/python -m uv pip install --quiet --require-hashes --requirement $<
@@ -139,7 +130,7 @@ lint: .venv/installed ## ruff, mypy, shellcheck, vermin, sbatch headers
 	  tests/support/kube/*.sh
 	@bash slurm/lint.sh
 	@.venv/bin/vermin -q --no-tips --violations -t=3.9- scripts/launch.py $(LAUNCHER)
-lock: ## Resolve requirements/*.in anew into *.lock
+lock: # Resolve requirements/*.in anew into *.lock
 	@sh requirements/lock.sh
 sbom: .venv/installed # Write sbom.json (CycloneDX) and docs/licences.md from what is installed
 	@.venv/bin/cyclonedx-py environment --output-reproducible --output-file sbom.json

@@ -15,4 +15,5 @@ sed -n '/never/d; s/^\([a-z].*==.*\) \\$/\1/p' cpu.lock > "$pins"
 lock cuda.in --override overrides.txt --constraint "$pins" --output-file cuda.lock
 lock dev.in --override dev-overrides.txt --output-file dev.lock
 lock filters.in --output-file filters.lock
+lock quantize.in --no-deps --output-file quantize.lock
 printf 'uv==%s\n' "$(sed -n 's/^uv==//p' dev.in)" | lock - --output-file uv.lock

@@ -4,6 +4,7 @@ A cluster runs it: python -m scripts.deploy runs/<run>/deploy
 """
 
 import threading
+from pathlib import Path
 
 from scripts.job.main import run
 from scripts.job.parent import Parent
@@ -21,6 +22,7 @@ def main(stage: Parent) -> dict:
     found = modeldir.problems(model)
     if not found:
         found = preflight.memory_problems(modeldir.weight_bytes(model), "the weights")
+        found += preflight.kernel_problems((model / "config.json").read_text(), Path("/dev"))
     if not found and "FORCE" not in stage.facts:
         evaluation = stage.run.stage(maker("verdict").name)
         found += gate.problems(evaluation, model, stage.digests)

@@ -18,7 +18,7 @@ from tests.support.lanes import lacking
 from tests.support.runs import STAGES
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, "quantize"])
 def test_a_stage_is_one_job_with_what_the_run_says(stage, checkout, monkeypatch):
     row = stages.row(stage)
     shape = {"nodes": 3, "gpus": 8} if row.ranks else {}

@@ -60,12 +60,12 @@ def srun(checkout, **env):
 def test_local_and_slurm_run_the_same(stage, model):
     """One command in the job and the same facts; where a service listens is the cluster's
     matter."""
-    outputs, module = {}, stages.row(stage).module
+    outputs, module, run = {}, stages.row(stage).module, "x-int8"  # so quantize calls it, too
     for cluster in ("local", "slurm"):  # k8s: tests/test_kubernetes_text.py
         said = dry_run(
             stage,
             {
-                "RUN": "x",
+                "RUN": run,
                 "FROM": str(model),
                 "DATA": "",
                 "FORCE": "1",
@@ -74,12 +74,12 @@ def test_local_and_slurm_run_the_same(stage, model):
                 "BIND": "127.0.0.1",
             },
         )
-        block = said[said.index(f"mkdir -p runs/x/{stage}/logs") :]
+        block = said[said.index(f"mkdir -p runs/{run}/{stage}/logs") :]
         files = block[: block.rindex("EOF\n")]
-        assert f"cat > runs/x/{stage}/stage.env" in files, f"no stage.env is written:\n{files}"
+        assert f"cat > runs/{run}/{stage}/stage.env" in files, f"no stage.env is written:\n{files}"
         outputs[cluster] = (
             files,
-            re.search(rf"\S*/python -m scripts\.{module} runs/x/{stage}", block)[0],
+            re.search(rf"\S*/python -m scripts\.{module} runs/{run}/{stage}", block)[0],
         )
     assert outputs["slurm"] == outputs["local"]
 
@@ -336,7 +336,7 @@ def test_the_tree_is_as_thin_as_it_says():
     for stage in stages.names():
         assert len((ROOT / f"slurm/{stage}.sbatch").read_text().splitlines()) <= 15
         assert ("gpus" in "".join(slurm_site.header(stage))) == (
-            stage in ("evaluate", "deploy")
+            stage in ("quantize", "evaluate", "deploy")
         )  # trained stages: GPUS=
     edits = [line for line in (ROOT / "slurm/run.sh").read_text().splitlines() if "EDIT" in line]
     assert edits == [], "what a site changes is in site.env"

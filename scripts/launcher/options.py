@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Optional
 
 from scripts.clusters.catalog import CLUSTERS
 from scripts.clusters.interface import Cluster
@@ -51,12 +52,19 @@ class Options:
     prompt: str = ""
     force: bool = False
     dry_run: bool = False
+    base: Optional[Run] = None  # the run whose model is, or was, quantised into `run`
     clusters: Mapping[str, Cluster] = field(default_factory=dict)  # every one, by name
 
     @property
     def here(self) -> Cluster:
         """Return the cluster that CLUSTER names."""
         return self.clusters[self.cluster]
+
+    @property
+    def several(self) -> bool:
+        """Tell whether the command carries a model through several stages: FROM is the first's."""
+        quantizes = self.base is not None and self.verb != stages.quantizer().name
+        return self.verb == PIPELINE or quantizes
 
 
 def verbs() -> list[str]:
@@ -78,7 +86,14 @@ def read(verb: str, env: Mapping[str, str]) -> Options:
     default = model.lower().replace("_", "-") or DEBUG
     name = given.text("RUN", now if row and row.alone else default)
     run = Run(Path(given.path("RUNS") or ROOT / "runs"), name)
-    found = check_run_name(name) + _model_problems(verb, model)
+    args = {row.name: given.arguments(row) for row in stages.TABLE}
+    recipes = {row.name: given.recipe(row) for row in stages.TABLE}
+    base = None
+    if smaller := given.quantized(row, recipes):
+        # Beside the run, so that what it has made, judged and serves stays as it is.
+        base = Run(run.root, name[: -len(smaller) - 1] if name.endswith(f"-{smaller}") else name)
+        run = Run(run.root, f"{base.name}-{smaller}")
+    found = check_run_name(run.name) + _model_problems(verb, model)
     if cluster not in CLUSTERS:
         found.append(f"CLUSTER={cluster}: not yet; known: {', '.join(CLUSTERS)}")
     stage = given.text("STAGE")
@@ -100,15 +115,13 @@ def read(verb: str, env: Mapping[str, str]) -> Options:
     if any(n > 1 for _, n in several):
         many = " ".join(f"{k}={n}" for k, n in several if n > 1)
         found.append(f"{many}: {verb} is one process on one node; leave it out")
-    args = {row.name: given.arguments(row) for row in stages.TABLE}
-    recipes = {row.name: given.recipe(row) for row in stages.TABLE}
     if given.text("ARGS") and verb == PIPELINE:
         found.append(f"ARGS: which stage of the pipeline? Use {_each('ARGS')} instead")
     if given.text("RECIPE") and verb == PIPELINE:
         found.append(f"RECIPE: which stage of the pipeline? Use {_each('RECIPE')} instead")
     if given.text("SERVICE") and not CLUSTERS.get(cluster, Cluster).names_services:
         found.append(f"SERVICE: CLUSTER={cluster} serves a run under no other name; leave it out")
-    model = model or _model_of(run, given.text("FROM"))
+    model = model or _model_of(base or run, given.text("FROM"))
     born = row and row.from_scratch and row.ranks  # asked for by itself: from random weights
     place = Path(given.path("MODELS") or MODELS_HERE, model)
     downloaded = model and not born and (place / "download.json").exists()
@@ -139,6 +152,7 @@ def read(verb: str, env: Mapping[str, str]) -> Options:
         prompt=given.text("PROMPT"),
         force=given.switch("FORCE"),
         dry_run=given.switch("DRY_RUN"),
+        base=base,
         clusters={kind.name: kind(env) for kind in CLUSTERS.values()},
     )
 
@@ -179,6 +193,9 @@ class _Given:
         """Return the recipe that was named for a stage; "" if none was."""
         text = self.text(f"{row.name.upper()}_RECIPE")
         text = text or (self.text("RECIPE") if row.name == self.verb else "")
+        variable = "RECIPE"
+        if row == stages.quantizer() and not text:
+            variable, text = row.name.upper(), self.text(row.name.upper())
         if row.makes == "verdict" and "/" in text:  # a suite of the user's own
             text = os.path.expanduser(text).rstrip("/")
             if not Path(text).is_dir():
@@ -186,12 +203,25 @@ class _Given:
             return text
         known = sorted({p.stem for p in (CONFIGS / row.name).glob("*.*")}) if row.recipe else []
         if text and not known:
-            self.problems.append(f"RECIPE={text}: {row.name} takes none; leave it out")
+            self.problems.append(f"{variable}={text}: {row.name} takes none; leave it out")
         elif text and text not in known:
             where = f"known: {', '.join(known)} (configs/{row.name})"
             if row.makes == "verdict":
                 where += f"; a folder of your own has a / in it: RECIPE=./{text}"
-            self.problems.append(f"RECIPE={text}: unknown; {where}")
+            self.problems.append(f"{variable}={text}: unknown; {where}")
+        return text
+
+    def quantized(self, row: Optional[StageRow], recipes: Mapping[str, str]) -> str:
+        """Return the recipe by which a run's model is quantised for this command, "" for none."""
+        small = stages.quantizer()
+        if row == small:
+            return recipes[small.name] or small.recipe
+        variable = small.name.upper()
+        text = self.text(variable)
+        if text and (self.verb == PIPELINE or (row and small.name not in stages.before(row.name))):
+            server = stages.maker("service").name
+            mend = f"make {server} {variable}={text}, once the run has its model"
+            self.problems.append(f"{variable}={text}: not for {self.verb}; {mend}")
         return text
 
     def arguments(self, row: StageRow) -> list[str]:

@@ -55,6 +55,8 @@ def plan(options: Options) -> Plan:
     """Decide what a command does. Raises InputError with every problem that can be seen before
     anything starts."""
     jobs = jobs_of(options.run, options.clusters)
+    if options.verb != PIPELINE and stages.quantizer().name in _with_before(options.verb):
+        options = sources.of_base(options)
     rows, left_out = _rows(options)
     under_way = {
         name: job.id for name, job in jobs.items() if job.active and job.cluster == options.cluster
@@ -113,11 +115,20 @@ def _rows(options: Options) -> tuple[list[StageRow], list[str]]:
         out = [r for r in rows if r.trains_on and r.trains_on not in kinds]
         said = [f"{r.name}: left out; {sources.lacks(options, r, kinds)}" for r in out]
         return [r for r in rows if r not in out], said
-    row = with_recipe(stages.row(options.verb), options.recipes.get(options.verb, ""))
-    needs = "sets" in row.reads and not prepared and not sources.suite(options, row)
+    rows = [with_recipe(stages.row(options.verb), options.recipes.get(options.verb, ""))]
+    small = stages.quantizer()
+    if options.several:
+        wanted = [r for r in stages.TABLE if r.name in _with_before(options.verb)]
+        rows = [r for r in wanted[wanted.index(small) :] if r.in_line or r == small]
+    needs = "sets" in rows[0].reads and not prepared and not sources.suite(options, rows[0])
     if needs and (options.data or not finished(options.run.stage(data.name))):
-        return [data, row], []
-    return [row], []
+        return [data, *rows], []
+    return rows, []
+
+
+def _with_before(name: str) -> list[str]:
+    """Name a stage and those that stand before it."""
+    return [*stages.before(name), name]
 
 
 def _state(options: Options, submission: Submission, job: Optional[Job]) -> tuple[str, list[str]]:

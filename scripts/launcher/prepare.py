@@ -65,7 +65,7 @@ def prepare(
         else:
             found += _add_config(submission, options.model, facts["RECIPE"])
     kinds = sources.kinds(options) if row.trains_on else None
-    if kinds is not None and row.trains_on not in kinds:
+    if kinds is not None and row.trains_on not in kinds and facts["RECIPE"] != row.without_rows:
         found.append(sources.lacks(options, row, kinds))
     if row.makes == "verdict" and model:
         for name, earlier in _before(options, model, pending):
@@ -80,6 +80,7 @@ def prepare(
             facts["SERVICE"] = options.service or options.run.name
         found += _service_problems(options, facts)
         found += _gate_problems(options, model, pending) if seen else []
+        found += _gpu_problems(options, model)
     if row.ranks:
         found += _disk_problems(submission, model) if seen else []
         facts.update(NODES=str(options.nodes), GPUS=str(options.gpus))
@@ -109,8 +110,8 @@ def _model_read(options: Options, row: StageRow, pending: tuple[str, ...]) -> Op
     finished or pending, or the one that was downloaded. None if there is none."""
     if "model" not in row.reads:
         return None
-    models = stages.trained()
-    if options.from_ and (options.verb != PIPELINE or not set(models) & set(pending)):
+    models = stages.makers()
+    if options.from_ and not (options.several and set(models) & set(pending)):
         return Path(options.from_)  # a pipeline starts from it; its later stages follow on
     before = [name for name in stages.before(row.name) if name in models]
     for name in reversed(before):
@@ -250,6 +251,17 @@ def _service_problems(options: Options, facts: dict[str, str]) -> list[str]:
     if options.force:
         facts["FORCE"] = "1"
     return found
+
+
+def _gpu_problems(options: Options, model: Optional[Path]) -> list[str]:
+    """Tell whether this machine would have to serve what its vLLM cannot, before it is made."""
+    small = stages.quantizer().name
+    if options.cluster != "local" or options.dry_run:
+        return []
+    files = list((CONFIGS / small).glob(f"{options.recipes.get(small)}.*"))
+    files += [model / "config.json"] if model else []
+    said = [path.read_text(encoding="utf-8") for path in files if path.exists()]
+    return preflight.kernel_problems("\n".join(said), Path("/dev"))
 
 
 def _gate_problems(options: Options, model: Optional[Path], pending: tuple[str, ...]) -> list[str]:

@@ -31,8 +31,7 @@ def made_model(run: Run, stage: str = "") -> Path:
     """Return the directory of the stage that made a run's newest model, or of `stage`. Raises
     InputError if it has made none."""
     check_exists(run)
-    makers = [one.name for one in stages.TABLE if one.makes == "model"]
-    made = [name for name in makers if finished(run.stage(name))]
+    made = [name for name in stages.makers() if finished(run.stage(name))]
     if stage and stage not in made:
         there = ", ".join(made) or "none"
         raise InputError(f"STAGE={stage}: has no finished model in run {run.name}; have: {there}")
@@ -55,7 +54,7 @@ def result(directory: Path, cluster: Cluster) -> str:
         # The choices are some of the held-out conversations once more.
         rows = sum(n for name, n in summary["rows"].items() if name != "heldout_choice")
         return f"{rows:,} rows from {summary['source']}"
-    if makes == "report":
+    if "result" in summary:
         return str(summary["result"])
     if makes == "verdict":
         return ", ".join(f"{name} {value:.3f}" for name, value in summary["scores"].items())
@@ -120,7 +119,7 @@ def _shown(run: Run) -> list[str]:
     the line shows none of it."""
     there = [name for name in stages.names() if run.stage(name).is_dir()]
     line = [] if there and not set(there) & set(stages.line()) else stages.line()
-    return [*line, *(name for name in there if name not in stages.line())]
+    return [name for name in stages.names() if name in (*line, *there)]
 
 
 def _line(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Mapping
@@ -12,14 +13,32 @@ from scripts.corpus.files import HUB_ID
 from scripts.corpus.preview import Preview, preview
 from scripts.corpus.shapes import FOLDERS, NAMES, columns_from
 from scripts.launcher.options import CONFIGS, Options
+from scripts.launcher.report import made_model
 from scripts.run import stages, suites
 from scripts.run.digests import Digests
-from scripts.run.files import read_json
+from scripts.run.files import read_env, read_json
 from scripts.run.layout import Run, as_fact, finished, from_fact, relative
 from scripts.run.stages import StageRow
 
 HUB = "hf://"
 RECIPE = (".yaml", ".yml")
+
+
+def of_base(options: Options) -> Options:
+    """Return the options with what the user did not say of a model that is to be quantised, or
+    was: FROM is the newest model of its base, DATA what that was made from. Raises InputError."""
+    source, data = options.from_, options.data
+    stage = options.run.stage(stages.quantizer().name)
+    if options.base and not options.from_:
+        for cluster in options.clusters.values():
+            cluster.fetch(options.base)
+        if options.base.directory.is_dir() or not options.downloaded:
+            stage = made_model(options.base)
+            source = str(stage / "model")
+    if not data and (stage / "stage.env").exists():
+        fact = read_env(stage / "stage.env").get("DATA")
+        data = str(from_fact(fact, options.run.root)) if fact else ""
+    return dataclasses.replace(options, from_=source, data=data)
 
 
 def prepared(options: Options) -> Optional[Path]:

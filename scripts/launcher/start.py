@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 
 from scripts.launcher import chat, report
-from scripts.launcher.options import PIPELINE, Options
+from scripts.launcher.options import Options
 from scripts.launcher.plan import Plan, Step, jobs_of, mark, plan
 from scripts.run.errors import DONE, InputError
 from scripts.run.stages import maker
@@ -22,13 +22,15 @@ def start(options: Options) -> int:
     todo = plan(options)
     for sentence in todo.left_out:
         print(sentence, flush=True)
+    if options.base:
+        print(f"run {options.run.name}: what is quantised is a run of its own", flush=True)
     for step in todo.steps:
-        if options.verb == PIPELINE:
+        if options.several:
             print(f"\n== {step.row.name}", flush=True)
         code = _start(options, todo, step)
         if code:
             return code
-    return _end(options) if options.verb == PIPELINE else DONE
+    return _end(options) if options.several else DONE
 
 
 def _start(options: Options, todo: Plan, step: Step) -> int:

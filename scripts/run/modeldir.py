@@ -110,7 +110,7 @@ def untrainable(config_json: Path) -> list[str]:
     found = []
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "quantised")
-        mend = "train the model that it was made from; this one can be served"
+        mend = "start from the model that it was made from; this one can be served"
         found.append(f"{config_json}: weights are quantised ({method}); {mend}")
     if any((config.get(key) or 0) > 1 for key in EXPERTS):
         found.append(f"{config_json}: a mixture of experts: cannot be trained here exactly")
@@ -245,9 +245,11 @@ def complete(weights: Path, assets: Path) -> None:
     directory that the model came from, or the tokenizer and config of one born here.
 
     torchtitan exports weights only, torchtune copies some files; both would leave vLLM without a
-    chat template.
+    chat template. A quantised model's own config.json says how to read its weights: it stays.
     """
-    names = ("config.json", *TOKENIZER_FILES, "chat_template.jinja", "generation_config.json")
+    names = [*TOKENIZER_FILES, "chat_template.jinja", "generation_config.json"]
+    if not (read_json(weights / "config.json") or {}).get("quantization_config"):
+        names.append("config.json")
     for name in names:
         if (assets / name).exists():
             shutil.copyfile(assets / name, weights / name)

@@ -86,6 +86,16 @@ def gpu_problems(processes: int, environment: Mapping[str, str], devices: Path) 
     return [f"GPUS={processes}: this machine has {gpus} (nvidia-smi -L); {mend}"]
 
 
+def kernel_problems(said: str, devices: Path) -> list[str]:
+    """Tell whether a model, by what its config.json or its recipe says, has weights of 4 bits, and
+    the machine no GPU in `devices` (/dev): vLLM's build for CPUs has no kernel for them."""
+    if not re.search(r"\bW4A|FP4\b|num_bits\W+4\b", said) or any(devices.glob("nvidia[0-9]*")):
+        return []
+    return [
+        "weights of 4 bits: vLLM serves them on a GPU alone, and here is none; take int8 or fp8"
+    ]
+
+
 def pinned_memory_problems(environment: Mapping[str, str], devices: Path) -> list[str]:
     """Tell whether EFA or InfiniBand, where NCCL_NET asks for one, may pin too little memory:
     libfabric then says -12 and names nothing."""

@@ -20,6 +20,7 @@ class StageRow(NamedTuple):
     in_line: bool = True  # belongs to make pipeline
     trains_on: str = ""  # the kind of rows in its sets: text, chat or pair
     tool: str = ""  # whose words <stage>.<tool>.args of a model are, for a recipe of another tool
+    without_rows: str = ""  # the recipe that reads none of them
     least_ranks: int = 1  # with fewer there is nothing to do
 
     @property
@@ -65,6 +66,15 @@ TABLE = (
         trains_on="chat",
     ),
     StageRow("align", ("sets", "model"), "model", ranks=True, recipe="dpo", trains_on="pair"),
+    StageRow(
+        "quantize",
+        ("sets", "model"),
+        "model",
+        recipe="int8",
+        in_line=False,
+        trains_on="chat",
+        without_rows="fp8",
+    ),
     StageRow("evaluate", ("sets", "model"), "verdict", recipe="heldout"),
     StageRow("deploy", ("model",), "service", recipe="serve"),
     StageRow("nccl-check", (), "report", ranks=True, in_line=False, least_ranks=2),
@@ -77,7 +87,7 @@ def row(name: str) -> StageRow:
 
 
 def names() -> list[str]:
-    """Name every stage, in the order of the line; then those that are outside it."""
+    """Name every stage in the order in which one may follow another."""
     return [r.name for r in TABLE]
 
 
@@ -94,6 +104,16 @@ def maker(product: str) -> StageRow:
 def trained() -> list[str]:
     """Name the stages that train, in the order in which they hand a model on."""
     return [r.name for r in TABLE if r.makes == "model" and r.ranks]
+
+
+def makers() -> list[str]:
+    """Name the stages that make a model: those that train, and the one that makes it smaller."""
+    return [r.name for r in TABLE if r.makes == "model"]
+
+
+def quantizer() -> StageRow:
+    """Return the stage that makes a model smaller, without training."""
+    return next(r for r in TABLE if r.makes == "model" and not r.ranks)
 
 
 def before(name: str) -> list[str]:

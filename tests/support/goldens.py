@@ -6,7 +6,9 @@ import re
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
+from tests.support.models import write_model, write_sets
 from tests.support.runs import ROOT
 
 FOLDER = ROOT / "tests/golden"
@@ -27,6 +29,14 @@ CASES = {
         "pipeline",
         {"RUN": "demo", "CLUSTER": "k8s", "NODES": "2", "GPUS": "8"},
     ),
+    "slurm-quantize.txt": (
+        "deploy",
+        {"RUN": "mine", "CLUSTER": "slurm", "QUANTIZE": "int8"},
+    ),
+    "kubernetes-quantize.txt": (
+        "quantize",
+        {"RUN": "mine", "CLUSTER": "k8s", "RECIPE": "fp8"},
+    ),
     "slurm-nccl-check.txt": (
         "nccl-check",
         {"RUN": "fabric", "CLUSTER": "slurm", "NODES": "2", "GPUS": "8"},
@@ -36,16 +46,29 @@ BUILD_PLAN = "image-cuda.txt"
 
 
 def dry_run(verb: str, options: dict[str, str]) -> str:
-    """Return the output of one dry run, on an empty environment and an empty folder of runs shown
-    as runs/."""
+    """Return the output of one dry run, on an empty environment and a folder of runs shown as
+    runs/: empty, but for a run with a model where one is to be quantised."""
     with tempfile.TemporaryDirectory() as folder:
+        if options.get("RUN") == "mine":
+            write_run(Path(folder, "mine"))
+        there = sorted(Path(folder).rglob("*"))
         env = {"PATH": os.environ["PATH"], "DRY_RUN": "1", "RUNS": folder, **options}
         command = [sys.executable, "-m", "scripts.launch", verb]
         result = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
-        assert not os.listdir(folder), "a dry run must not write"
+        assert sorted(Path(folder).rglob("*")) == there, "a dry run must not write"
     assert result.returncode == 0, f"the dry run of {verb} failed:\n{result.stderr}"
     up = os.path.relpath(ROOT, os.path.join(os.path.realpath(folder), "run/stage"))
     return result.stdout.replace(folder, "runs").replace(up, "../../..")
+
+
+def write_run(run: Path) -> None:
+    """Write a run whose newest model is finetune's, made from the run's own data."""
+    (run / "finetune").mkdir(parents=True)
+    (run / "data").mkdir()
+    write_model(run / "finetune/model")
+    write_sets(run / "data/sets")
+    (run / "finetune/stage.json").write_text('{"status": "done"}\n')
+    (run / "finetune/stage.env").write_text("MODEL=smollm2_135m\nDATA=runs/mine/data/sets\n")
 
 
 def build_plan() -> str:
