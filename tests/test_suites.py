@@ -18,7 +18,7 @@ import yaml
 
 from scripts.run import gate, suites
 from scripts.run.errors import InputError
-from scripts.tools import hub_datasets
+from scripts.tools import hub_datasets, patches
 from scripts.tools.hub import NotNow
 from tests.support.hub import Hub
 from tests.support.launching import assert_refused, call_make, launch, said
@@ -384,14 +384,30 @@ def test_the_example_is_scored_and_without_floors_it_does_not_pass(runs, tiny):
 
 
 @pytest.mark.slow
-def test_a_task_that_lm_eval_does_not_know_is_named(hub, runs, tiny, tmp_path):
+def test_a_task_that_lm_eval_does_not_know_is_named(runs, tiny, tmp_path):
     mine = own(tmp_path / "mine", mine={"group": "mine", "task": ["arc_esy", "piqqa"]})
     result = call_make("evaluate", RUN="x", RECIPE=str(mine), FROM=str(tiny))
     assert_refused(result, "arc_esy: unknown task; did you mean", "arc_easy", "piqa")
     assert not stage_dir("x", "evaluate/results").exists()
-    own(mine, mine={"group": "mine", "task": ["arc_easy"]})
-    result = call_make("evaluate", RUN="x", RECIPE=str(mine), FROM=str(tiny))
-    assert_refused(result, "allenai/ai2_arc: a data set of the hub that was not staged")
+
+
+def test_a_data_set_that_was_not_staged_is_named_by_the_job(tmp_path, monkeypatch):
+    """That of a bundled task that a folder names: the launcher does not see it."""
+    import datasets
+    import lm_eval.api.task
+
+    monkeypatch.setattr(lm_eval.api.task, "datasets", datasets)  # to put it back
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    rows = tmp_path / "org--rows/a.jsonl"
+    rows.parent.mkdir()
+    rows.write_text('{"a": 1}\n')
+    patches.lm_eval_reads_staged({"org/rows": rows.parent})
+    load, cache = lm_eval.api.task.datasets.load_dataset, {"cache_dir": str(tmp_path / "cache")}
+    assert load("org/rows", revision="main", **cache)["train"][0] == {"a": 1}
+    own_rows = load("json", data_files={"test": str(rows)}, **cache)
+    assert own_rows["test"].num_rows == 1, "a task's own rows are read as before"
+    with pytest.raises(InputError, match="allenai/ai2_arc: a data set of the hub that was not"):
+        load("allenai/ai2_arc", "ARC-Easy", **cache)
 
 
 # --- the verdict of a suite
