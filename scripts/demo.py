@@ -34,7 +34,10 @@ STAGES = (
             "ARGS": f"{BOTH} max_steps_per_epoch=60 save_every_n_steps=20 optimizer.lr=5e-4",
         },
     ),
-    ("align", {"ARGS": f"{BOTH} batch_size=4 max_steps_per_epoch=20 save_every_n_steps=10"}),
+    (
+        "align",
+        {"ARGS": f"{BOTH} max_steps_per_epoch=32 save_every_n_steps=16 optimizer.lr=1e-4"},
+    ),
     ("evaluate", {"ARGS": f"--limit 60 --tasks {TASKS}"}),
 )
 
