@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from scripts.run import files
+from tests.support.launching import assert_refused
 from tests.support.models import write_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -200,6 +201,21 @@ def test_a_downloaded_model_is_taken_where_the_run_has_none(checkout, tmp_path):
     assert sources("pretrain") == []
     run = ["runs/x/pretrain/model", "runs/x/finetune/model", *["runs/x/align/model"] * 2]
     assert sources("pipeline") == [*[str(model)] * 2, *run]
+
+
+def test_a_downloaded_repository_is_taken_by_its_name(checkout, tmp_path):
+    """As FROM would be, without settings; the run is called as the repository is."""
+    name, models = "some-org/Tiny_Model", tmp_path / "models"
+    options = {"MODEL": name, "MODELS": str(models), "DRY_RUN": "1"}
+    assert_refused(launch(checkout, "finetune", **options), f"make download MODEL={name}")
+    models.mkdir()
+    model = write_model(models / "some-org--Tiny_Model")
+    (model / "download.json").write_text("{}")
+    shown = launch(checkout, "finetune", **options)
+    assert shown.returncode == 0, shown.stderr
+    assert re.findall(r"^FROM=(.*)$", shown.stdout, re.M) == [str(model)] * 2
+    assert "MODEL=" not in shown.stdout
+    assert "runs/tiny-model/finetune/stage.env" in shown.stdout
 
 
 def test_data_is_spread_over_nodes_where_it_is_asked_for(checkout):

@@ -83,7 +83,11 @@ def read(verb: str, env: Mapping[str, str]) -> Options:
     row = stages.row(verb) if verb in stages.names() else None
     model, cluster = given.text("MODEL"), given.text("CLUSTER", "local")
     now = f"{verb}-{time.strftime('%m%d-%H%M%S')}"
-    default = model.lower().replace("_", "-") or DEBUG
+    folder, source = Path(given.path("MODELS") or MODELS_HERE), given.path("FROM")
+    default = model.rpartition("/")[2].lower().replace("_", "-") or DEBUG
+    if "/" in model and verb in verbs():  # a repository of the hub: where it was downloaded to
+        source = source or given.repository(model, folder)
+        model = ""
     name = given.text("RUN", now if row and row.alone else default)
     run = Run(Path(given.path("RUNS") or ROOT / "runs"), name)
     args = {row.name: given.arguments(row) for row in stages.TABLE}
@@ -121,9 +125,9 @@ def read(verb: str, env: Mapping[str, str]) -> Options:
         found.append(f"RECIPE: which stage of the pipeline? Use {_each('RECIPE')} instead")
     if given.text("SERVICE") and not CLUSTERS.get(cluster, Cluster).names_services:
         found.append(f"SERVICE: CLUSTER={cluster} serves a run under no other name; leave it out")
-    model = model or _model_of(base or run, given.text("FROM"))
+    model = model or _model_of(base or run, source)
     born = row and row.from_scratch and row.ranks  # asked for by itself: from random weights
-    place = Path(given.path("MODELS") or MODELS_HERE, model)
+    place = folder / model
     downloaded = model and not born and (place / "download.json").exists()
     columns = given.columns()
     found += given.problems
@@ -141,7 +145,7 @@ def read(verb: str, env: Mapping[str, str]) -> Options:
         data=given.path("DATA"),
         validation=given.path("VALIDATION"),
         columns=columns,
-        from_=given.path("FROM"),
+        from_=source,
         downloaded=str(place) if downloaded else "",
         models=given.path("MODELS"),
         stage=stage,
@@ -223,6 +227,13 @@ class _Given:
             mend = f"make {server} {variable}={text}, once the run has its model"
             self.problems.append(f"{variable}={text}: not for {self.verb}; {mend}")
         return text
+
+    def repository(self, name: str, folder: Path) -> str:
+        """Return the directory of a model that was downloaded by its repository's name."""
+        place = folder / name.replace("/", "--")
+        if not (place / "download.json").exists():
+            self.problems.append(f"MODEL={name}: not in {folder} yet; make download MODEL={name}")
+        return str(place)
 
     def arguments(self, row: StageRow) -> list[str]:
         text = self.env.get(f"{row.name.upper()}_ARGS", "")
