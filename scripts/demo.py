@@ -15,7 +15,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
+from scripts.run import gate
 from scripts.run.errors import DONE, WRONG_INPUT, InputError
 from scripts.run.layout import ROOT
 
@@ -23,6 +25,12 @@ QUESTIONS = 10
 GREEDY = '{"max_new_tokens": 60, "temperature": 0.0}'
 SHORT = f"--max-model-len 512 --override-generation-config '{GREEDY}'"
 TASKS = "relay_answers,relay_answers_shuffled,relay_choice,relay_choice_shuffled,relay_preference"
+SHOWN = {
+    "relay_answers/bits_per_byte": "bits a byte of the held-out answers",
+    "relay_answers_shuffled/bits_per_byte": "  the same after another question: style",
+    "relay_choice/acc_mutual_info": "the right one of four held-out answers",
+    "relay_choice_shuffled/acc_mutual_info": "  the same after another question: chance, 0.25",
+}
 # Minutes on two cores for 135 million parameters; make finetune without ARGS takes the recipe's.
 BOTH = "gradient_accumulation_steps=1 enable_activation_checkpointing=false"
 STAGES = (
@@ -38,7 +46,7 @@ STAGES = (
         "align",
         {"ARGS": f"{BOTH} max_steps_per_epoch=32 save_every_n_steps=16 optimizer.lr=1e-4"},
     ),
-    ("evaluate", {"ARGS": f"--limit 60 --tasks {TASKS}"}),
+    ("evaluate", {"ARGS": f"--limit 50 --tasks {TASKS}"}),
 )
 
 
@@ -47,6 +55,7 @@ def make(target: str, **variables: str) -> int:
     words = ["make", "-s", target, *(f"{name}={value}" for name, value in variables.items())]
     print(f"$ {shlex.join(words)}", flush=True)
     clean = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    clean.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     return subprocess.run(words, cwd=ROOT, env=clean).returncode
 
 
@@ -67,6 +76,18 @@ def answers(asked: Path, out: Path, **given: str) -> list[dict[str, str]]:
     if make("generate", DATA=str(asked), OUT=str(out), **given) != DONE:
         raise InputError("generate: the reason stands above; make demo goes on from here")
     return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+
+
+def gained(verdict: dict[str, Any]) -> list[str]:
+    """Say what the model before and after scored, each beside its control."""
+    told, after = [f"{'':52}before         after"], verdict
+    before = verdict["before"][gate.PARENT]
+    for name, words in SHOWN.items():
+        cells = [
+            f"{side['scores'][name]:.3f} ± {side['errors'][name]:.3f}" for side in (before, after)
+        ]
+        told.append(f"{words:52}{'  '.join(cells)}")
+    return told
 
 
 def main() -> int:
@@ -97,7 +118,8 @@ def main() -> int:
     for row, one, other in zip(rows, before, after):
         print(f"\n{row[-2]['content']}\n  documented: {row[-1]['content']}")
         print(f"  before: {shorten(one['answer'])}\n  after:  {shorten(other['answer'])}")
-    print()
+    verdict = json.loads((runs / run / "evaluate" / gate.VERDICT).read_text(encoding="utf-8"))
+    print("\n" + "\n".join(gained(verdict)) + "\n")
     return make("deploy", RUN=run, MODEL=model) or make(
         "chat", RUN=run, PROMPT=rows[0][-2]["content"]
     )
