@@ -16,6 +16,7 @@ from scripts.run.digests import Digests
 from scripts.run.errors import InputError
 from scripts.run.layout import Run
 from scripts.tools import compressor
+from tests.support.families import FAMILIES
 from tests.support.goldens import write_run
 from tests.support.lanes import lacking
 from tests.support.launching import assert_refused, launch, said
@@ -247,6 +248,7 @@ def test_a_small_model_is_quantised_judged_and_answers(runs, tmp_path):
     if not compressor.version():
         lacking("llm-compressor is an extra: make .venv/quantize/installed")
     model = make_model(tmp_path / "model", tie_word_embeddings=True)
+    (model / "generation_config.json").unlink()  # then it must be ours, which ends at a turn's end
     given = {"FROM": str(model), "DATA": str(write_rows(tmp_path / "chats.jsonl", chats()))}
     options = {"RUN": "x", **given, "OMP_NUM_THREADS": "1"}
     wrong = launch("quantize", **options, ARGS="num_calibration_sample=8")
@@ -271,12 +273,34 @@ def test_a_small_model_is_quantised_judged_and_answers(runs, tmp_path):
         assert record["summary"]["tool"].startswith("llmcompressor ")
         assert ("data" in record["inputs"]) == (recipe == "int8"), "fp8 reads no rows"
         assert modeldir.weight_bytes(small) < 0.6 * modeldir.weight_bytes(model)
+        assert files.read_json(small / "generation_config.json")["do_sample"] is False
         assert distance(small, model, dtype) < 0.05
         prompts, out = tmp_path / "prompts.jsonl", tmp_path / f"{recipe}.jsonl"
         write_rows(prompts, [{"prompt": "What is this?"}])
         words = {"RUN": "x", "QUANTIZE": recipe, "DATA": str(prompts), "OUT": str(out)}
         answer(**words, ARGS="--max-model-len 128 --enforce-eager --dtype float32")
         assert json.loads(out.read_text())["answer"], "vLLM answers something"
+
+
+@pytest.mark.slow
+def test_every_family_stays_what_it_is(tmp_path):
+    """Smoothing alone changes nothing; llm-compressor's own table made other models of Gemma 2 and
+    3 (0.11), and ended with an error for Starcoder 2 and OLMo 2."""
+    if not compressor.version():
+        lacking("llm-compressor is an extra: make .venv/quantize/installed")
+    words = [sys.executable, "-m", "tests.support.quantised", str(make_model(tmp_path / "model"))]
+    env = {**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-5000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert set(found) == set(FAMILIES)
+    most = {"smoothed": 1e-4, "int8": 0.01, "fp8": 0.03, "int4": 0.1}
+    far = {
+        name: away
+        for name, away in found.items()
+        if any(away[recipe] > bound for recipe, bound in most.items())
+    }
+    assert far == {}
 
 
 def distance(small, model, dtype):

@@ -89,44 +89,100 @@ def quantize(rank: Rank) -> None:
     """Do the stage's work in one process: recipe, model, calibration, save. Raises InputError."""
     rank.phase("imports llm-compressor")
     sys.path.insert(0, str(PACKAGES))
-    from datasets import Dataset
-    from llmcompressor import oneshot
     from llmcompressor.args import DatasetArguments
-    from llmcompressor.recipe import Recipe
     from loguru import logger
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     given = {**CALIBRATION, **arguments(rank.arguments, DatasetArguments)}
-    try:
-        recipe = Recipe.create_instance(str(rank.config))
-    except Exception as error:  # YAML, its factory and pydantic each raise their own
-        raise InputError(f"{rank.config}: {error}") from None
-    if not recipe.modifiers:
-        raise InputError(f"{rank.config}: names no modifier: nothing would be quantised")
-    source, rows = rank.path("FROM"), None
+    recipe, source, rows = read_recipe(rank.config), rank.path("FROM"), []
     if any(modifier.requires_calibration_data for modifier in recipe.modifiers):
         count, longest = given["num_calibration_samples"], given["max_seq_length"]
-        tokens = calibration(rank.path("DATA"), source, count, longest)
-        rows = Dataset.from_dict(
-            {"input_ids": tokens, "attention_mask": [[1] * len(ids) for ids in tokens]}
-        )
-        given["num_calibration_samples"] = len(tokens)
-        rank.say(f"calibrates on {len(tokens)} conversations")
+        rows = calibration(rank.path("DATA"), source, count, longest)
+        rank.say(f"calibrates on {len(rows)} conversations")
     rank.phase("loads the model")
     config = read_json(source / "config.json")
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **attention(config))
     rank.phase("quantises")
     logger.add(lambda line: _tell(rank, str(line), config["num_hidden_layers"]), level="DEBUG")
+    compress(model, AutoTokenizer.from_pretrained(source), recipe, rows, given)
+    rank.phase("saves")
+    export = rank.directory / EXPORT
+    model.save_pretrained(export, save_compressed=True)
+    # One made of config.json, without the ends of a turn; the hand-over has the parent's, or ours.
+    (export / "generation_config.json").unlink(missing_ok=True)
+
+
+def read_recipe(file: Path) -> Any:
+    """Read a recipe as llm-compressor does. Raises InputError for one that it refuses, or that has
+    nothing in it."""
+    from llmcompressor.recipe import Recipe
+
+    try:
+        recipe = Recipe.create_instance(str(file))
+    except Exception as error:  # YAML, its factory and pydantic each raise their own
+        raise InputError(f"{file}: {error}") from None
+    if not recipe.modifiers:
+        raise InputError(f"{file}: names no modifier: nothing would be quantised")
+    return recipe
+
+
+def compress(
+    model: Any, tokenizer: Any, recipe: Any, rows: list[list[int]], given: dict[str, Any]
+) -> None:
+    """Apply a recipe to a model in memory, by the tokens of `rows`; `given` are llm-compressor's
+    own arguments of calibration."""
+    from datasets import Dataset
+    from llmcompressor import oneshot
+
+    for modifier in [m for m in recipe.modifiers if getattr(m, "mappings", 0) is None]:
+        modifier.mappings = smoothable(model, rows[0])
+        if not modifier.mappings:
+            recipe.modifiers.remove(modifier)  # with none it ends with an error
+    masks = [[1] * len(ids) for ids in rows]
     oneshot(
         model=model,
-        tokenizer=AutoTokenizer.from_pretrained(source),
+        tokenizer=tokenizer,
         recipe=recipe,
-        dataset=rows,
-        shuffle_calibration_samples=False,  # it shuffles without a seed
-        **given,
+        dataset=Dataset.from_dict({"input_ids": rows, "attention_mask": masks}) if rows else None,
+        # It shuffles without a seed.
+        **{"shuffle_calibration_samples": False, **given, "num_calibration_samples": len(rows)},
     )
-    rank.phase("saves")
-    model.save_pretrained(rank.directory / EXPORT, save_compressed=True)
+
+
+def smoothable(model: Any, tokens: list[int]) -> list[tuple[list[str], str]]:
+    """Return (layers, norm) wherever what a norm puts out goes into linear layers, as one row shows
+    it: scaling the one and its inverse on the others changes nothing that the model computes.
+
+    llm-compressor finds them by name. In Gemma 2 and 3 it takes a norm behind attention for the one
+    before the feed-forward, and the model is another (0.11 of the range of its logits); it has no
+    names for Starcoder 2.
+    """
+    import torch
+
+    names = {module: name for name, module in model.named_modules()}
+    made: dict[int, tuple[Any, Any]] = {}  # by id: the norm, and its output, so that it stays
+    found: dict[Any, list[Any]] = {}
+
+    def see_norm(module: Any, _: Any, output: Any) -> None:
+        made[id(output)] = (module, output)
+
+    def see_layer(module: Any, given: Any) -> None:
+        if given and id(given[0]) in made:
+            found.setdefault(made[id(given[0])][0], []).append(module)
+
+    hooks = []
+    for module in names:
+        if isinstance(module, torch.nn.Linear):
+            hooks.append(module.register_forward_pre_hook(see_layer))
+        elif type(module).__name__.endswith("Norm"):
+            hooks.append(module.register_forward_hook(see_norm))
+    with torch.no_grad():
+        model(torch.tensor([tokens[:64]]))
+    for hook in hooks:
+        hook.remove()
+    output = model.get_output_embeddings()  # may be the embedding, and is not quantised
+    fed = {norm: layers for norm, layers in found.items() if output not in layers}
+    return [([names[layer] for layer in layers], names[norm]) for norm, layers in fed.items()]
 
 
 def _tell(rank: Rank, line: str, layers: int) -> None:
