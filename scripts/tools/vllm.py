@@ -84,7 +84,7 @@ def serve(stage: Rank) -> None:
         if end.code == 2:  # argparse has said which argument and why
             raise InputError(
                 f"vLLM refuses ARGS or what the model sets, {stage.directory / 'args.json'}, "
-                f"or {stage.config}; its words are in {stage.log}"
+                f"or {stage.config}; its words: {stage.log}; given: {stage.arguments}"
             ) from None
         raise
 
