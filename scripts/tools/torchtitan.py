@@ -61,7 +61,7 @@ def load_config(stage: Rank):
         return ConfigManager().parse_args(given)
     except SystemExit:  # the parser has printed which argument and why
         raise InputError(
-            f"torchtitan refuses ARGS or what the model sets; its words: {stage.log}; all it takes: "
+            f"torchtitan refuses ARGS or what the model sets; its words: {stage.log}; all of them: "
             f".venv/bin/python -m torchtitan.config.manager --help; given: {stage.arguments}"
         ) from None
 
