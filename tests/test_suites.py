@@ -506,8 +506,6 @@ def punkt(folder, monkeypatch):
 
 @pytest.mark.slow
 def test_instructions_are_judged_by_rules(hub, runs, tiny, tmp_path, monkeypatch):
-    pytest.importorskip("langdetect", reason="lm-eval's extra ifeval is not locked yet")
-    pytest.importorskip("immutabledict", reason="lm-eval's extra ifeval is not locked yet")
     pin = suites.about(CHAT)["data"]["google/IFEval"]
     asks = {"no_comma": ("punctuation:no_comma", {}), "three": (SENTENCES, THREE)}
     rows = [
