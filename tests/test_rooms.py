@@ -35,7 +35,7 @@ ROOMS = {  # what each may import, beside itself
     "demo": {"run"},
 }
 LAUNCHER_SIDE = ("run", "clusters", "launcher", "launch", "volume", "conductor")
-UPSTREAM = {"torchtitan", "torchtune", "lm_eval", "vllm", "llmcompressor"}
+UPSTREAM = {"torchtitan", "torchtune", "trl", "lm_eval", "vllm", "llmcompressor"}
 
 
 def room(module):
