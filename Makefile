@@ -59,7 +59,7 @@ pipeline: $(VENV) ## All stages of RUN in order, going on from the first that is
 data: $(VENV) ## Corpus → tokenizer, training and held-out sets
 pretrain: $(VENV) ## Text → model, with torchtitan
 finetune: $(VENV) ## Model → instruction model, with torchtune
-align: $(VENV) ## Preference optimisation (DPO), with torchtune
+align: $(VENV) ## Preference optimisation (DPO, with torchtune), or by rewards (GRPO, TRL)
 evaluate: $(VENV) ## Scores and the verdict that deploy asks for, with lm-eval
 deploy: $(VENV) ## Serve the model with vLLM's OpenAI API, in the background
 chat: ## Talk to the served model; PROMPT="…" asks once

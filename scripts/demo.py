@@ -50,10 +50,17 @@ STAGES = (
 )
 
 
+def dry_run() -> bool:
+    """Tell whether the commands are to be shown alone."""
+    return os.environ.get("DRY_RUN", "").strip() not in ("", "0")
+
+
 def make(target: str, **variables: str) -> int:
     """Run a make command as a user would, shown; return its exit code."""
     words = ["make", "-s", target, *(f"{name}={value}" for name, value in variables.items())]
     print(f"$ {shlex.join(words)}", flush=True)
+    if dry_run():
+        return DONE
     clean = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     clean.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     return subprocess.run(words, cwd=ROOT, env=clean).returncode
@@ -107,6 +114,8 @@ def main() -> int:
         code = make(stage, RUN=run, MODEL=model, **given)
         if code:
             return code
+    if dry_run():
+        return make("deploy", RUN=run, MODEL=model)
     with tempfile.TemporaryDirectory() as folder:
         held = (runs / run / "data/sets/heldout_sft.jsonl").read_text(encoding="utf-8")
         rows = [json.loads(line)["messages"] for line in held.splitlines()[:QUESTIONS]]

@@ -29,6 +29,14 @@ def test_it_is_for_this_machine():
     assert_refused(call_make("demo", MODEL=NAME, CLUSTER="slurm"), "for this machine", "one by one")
 
 
+def test_a_dry_run_shows_the_commands(tmp_path):
+    done = call_make("demo", MODEL=NAME, RUNS=str(tmp_path), MODELS=str(tmp_path), DRY_RUN="1")
+    assert done.returncode == 0, done.stderr
+    stages = [line.split()[3] for line in done.stdout.splitlines() if line.startswith("$ make")]
+    assert stages == ["download", "data", "finetune", "align", "evaluate", "deploy"]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_model_that_nobody_has_is_named(tmp_path):
     given = {"MODEL": "smollm2", "MODELS": str(tmp_path), "RUNS": str(tmp_path)}
     assert_refused(call_make("demo", **given), "MODEL=smollm2", "did you mean smollm2_")

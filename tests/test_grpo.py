@@ -34,6 +34,10 @@ def rewards(tmp_path, monkeypatch):
         ("def god(completions, **_):\n    return [1]", "rewards.good: no such function.*god"),
         ("def good(:", "rewards.good: SyntaxError"),
         ("import nothing_of_this_name", "rewards.good: ModuleNotFoundError"),
+        (
+            "def good(completions, log_metric, **_):\n    log_metric('a', 1)\n    return [1, None]",
+            "2",
+        ),
         ("def good(completions):\n    return [1]", "rewards.good: TypeError"),
     ],
 )
@@ -66,6 +70,8 @@ def test_the_rewards_of_the_recipe():
         ("num_generation: 4", [], "unknown key num_generation; .*num_generations"),
         ("", ["--learning-rat", "1"], "ARGS: unknown key learning_rat; .*learning_rate"),
         ("", ["--learning_rate", "much"], "TRL refuses ARGS"),
+        ("", ["--use_peft", "True"], "use_peft: this stage does not read it"),
+        ("push_to_hub: true", [], "push_to_hub: this stage does not read it"),
         ("per_device_train_batch_size: 3\ngradient_accumulation_steps: 1", [], "TRL refuses .*8"),
     ],
 )

@@ -97,6 +97,21 @@ def load_config(rank: Rank) -> tuple[Any, Any, Any]:
             f"TRL refuses ARGS or what the model sets ({rank.directory / 'args.json'}):{said} "
             f"its words: {rank.log}"
         ) from None
+    # What its own script reads, and this stage does not: it would be ignored.
+    ignored = {
+        "use_peft": model.use_peft,
+        **{name: on for name, on in vars(model).items() if name.startswith("load_in_")},
+        "model_name_or_path": model.model_name_or_path,
+        "dataset_name": script.dataset_name,
+        "reward_model_name_or_path": script.reward_model_name_or_path,
+        "eval_strategy": settings.eval_strategy != "no",
+        "push_to_hub": settings.push_to_hub,
+    }
+    found = [
+        f"{name}: this stage does not read it; leave it out" for name in ignored if ignored[name]
+    ]
+    if found:
+        raise InputError(found)
     return script, settings, model
 
 
@@ -156,6 +171,10 @@ class Reward:
     def __init__(self, name: str, folder: Path):
         """Find "<module>.<function>", the module in `folder` or installed. Raises InputError."""
         module, _, function = name.rpartition(".")
+        if not module:
+            raise InputError(
+                f"reward_funcs: {name}: give module.function; TRL's: trl.rewards.{name}"
+            )
         self.name = self.__name__ = name
         sys.path.insert(0, str(folder))
         try:
@@ -171,10 +190,11 @@ class Reward:
         functools.update_wrapper(self, self.function, updated=())
         self.__name__ = name
 
-    def __call__(self, **given: Any) -> list[float]:
+    def __call__(self, **given: Any) -> list[float | None]:
         count = len(given["completions"])
         try:
-            found = [float(value) for value in self.function(**given)]
+            told = self.function(**given)
+            found = [None if value is None else float(value) for value in told]  # None: no word
         except Exception as error:
             raise InputError(f"reward_funcs: {self.name}: {self._where(error)}") from error
         if len(found) != count:
@@ -186,9 +206,10 @@ class Reward:
     def check(self, row: dict[str, Any]) -> None:
         """Call it once, with a row's own answer, before the model is loaded."""
         said = [[{"role": "assistant", "content": row["answer"]}]]
-        self(
-            prompts=[row["prompt"]], completions=said, completion_ids=[[0]], answer=[row["answer"]]
-        )
+        given = {"prompts": [row["prompt"]], "completion_ids": [[0]], "answer": [row["answer"]]}
+        # What TRL hands to those that ask for it.
+        given |= {"trainer_state": None, "log_extra": print, "log_metric": print}
+        self(completions=said, **given)
 
     @staticmethod
     def _where(error: Exception) -> str:
