@@ -232,7 +232,8 @@ def kill_during_first_save(stage: str, **settings: str) -> None:
     directory = stage_dir(settings["RUN"], stage)
     for _ in range(TRIES):
         attempt = Attempt(stage, **settings)
-        attempt.until(lambda: running(directory) and read_json(directory / "progress.json"))
+        # A phase may be told before there is a rank; a step is told by one.
+        attempt.until(lambda: (read_json(directory / "progress.json") or {}).get("step"))
         found = attempt.watched()
         attempt.until(lambda: checkpoints.steps(directory / "checkpoints"), every=0.0005)
         os.kill(found["ranks"][0], signal.SIGSTOP)
