@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -16,18 +17,25 @@ from scripts.run.errors import DONE, InputError
 from scripts.run.files import read_env, read_json
 from scripts.run.layout import Run, from_fact
 
+POLL_SECONDS = 1.0
+
 
 class Server:
-    """Hold a run's served model: its address and key. Raises InputError where nothing serves."""
+    """Hold a run's served model: its address and key. Waits for one that loads. Raises InputError
+    where nothing serves."""
 
     def __init__(self, run: Run, cluster: Cluster):
         serving = stages.maker("service").name
         directory = run.stage(serving)
         check_exists(run)
-        url = cluster.reach(directory)
-        if not url:
-            wait = f"make {serving} RUN={run.name}, or wait: make status RUN={run.name}"
-            raise InputError(f"run {run.name} is not served; {wait} shows it loading")
+        waits = False
+        while not (url := cluster.reach(directory)):
+            if cluster.service_state(directory) != "loading":
+                raise InputError(f"run {run.name} is not served; make {serving} RUN={run.name}")
+            if not waits:
+                print(f"run {run.name} is loading; Ctrl-C ends the wait", file=sys.stderr)
+            waits = True
+            time.sleep(POLL_SECONDS)
         self.url = f"{url}/v1/chat/completions"
         self.name = run.name
         self.key = cluster.key(directory)
