@@ -23,6 +23,7 @@ WAIT, DESK_GRACE = 600, 180  # seconds: for a command that waits, for the desk's
 # What does not end by waiting, and the seconds after which that is believed.
 HOPELESS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "CreateContainer")
 HOPELESS_GRACE = 10
+NO_KUBELET = "error dialing backend"  # kubectl exec, where a node is lost; nothing was run then
 MENDS = {  # what kubectl's first line says: how to mend it
     r"current-context|no configuration|context .* does not exist": "kubectl config use-context …",
     r"was refused|connection refused|no such host|timeout|unable to connect|no answer": (
@@ -80,7 +81,17 @@ class Kubectl:
     def desk(self, *command: str, given: bytes = b"") -> Any:
         """Run a command beside the volume; return how it ended. Makes the desk where there is none:
         seconds, or as long as an image is pulled. Raises InputError if it does not start."""
-        told, deadline = "", time.monotonic() + DESK_GRACE
+        words = ["exec", *(["-i"] if given else []), DESK, "--", *command]
+        deadline = time.monotonic() + DESK_GRACE
+        while True:
+            self._await_desk(deadline)
+            done = self.call(*words, timeout=WAIT, given=given)
+            if NO_KUBELET not in done.stderr or time.monotonic() > deadline:
+                return done
+            self._end_desk()
+
+    def _await_desk(self, deadline: float) -> None:
+        told = ""
         while not (pods := Pods([self._desk_or_none() or {}])).running:
             if not pods.pods:
                 self._check_site()
@@ -95,11 +106,13 @@ class Kubectl:
                 if told.startswith(HOPELESS):
                     deadline = time.monotonic() + HOPELESS_GRACE
             if time.monotonic() > deadline:
-                self.must("delete", "pod", DESK, "--wait=false", "--ignore-not-found")
+                self._end_desk()
                 raise InputError(f"the desk (pod {DESK}) does not start: {told}")
             time.sleep(0.3)
-        words = ["exec", *(["-i"] if given else []), DESK, "--", *command]
-        return self.call(*words, timeout=WAIT, given=given)
+
+    def _end_desk(self) -> None:
+        """Remove the desk's pod at once: on a node that is lost it would never be gone."""
+        self.must("delete", "pod", DESK, "--force", "--grace-period=0", "--ignore-not-found")
 
     @functools.cached_property
     def _desk_text(self) -> str:
@@ -113,12 +126,12 @@ class Kubectl:
 
     def _desk_or_none(self) -> Optional[dict[str, Any]]:
         """Return the desk's pod. One that has ended, is leaving, or has another image than the site
-        by now, is none once it has gone."""
+        by now, is removed."""
         pod = self.get("pod", DESK)
         ended = pod and pod["status"].get("phase") in ("Succeeded", "Failed")
         other = pod and pod["metadata"].get("annotations", {}).get(IMAGE) != self._image
         if pod and (ended or other or "deletionTimestamp" in pod["metadata"]):
-            self.must("delete", "pod", DESK, "--wait=true", "--ignore-not-found")
+            self._end_desk()
             return None
         return pod
 
