@@ -31,6 +31,7 @@ NAMES = ["node1", "node2"]
 GPUS = 8
 SPACE = "relay-stages"
 STEPS = "--training.steps 60 --checkpoint.interval 10"
+LONGER = "--training.steps 9000 --checkpoint.interval 10"
 LONG = 900  # seconds for what takes one minute alone: another lane may have both cores
 SHORT = "max_steps_per_epoch=4 epochs=1"
 # A pod that goes on writing to the volume, on node2.
@@ -56,6 +57,55 @@ kind: PersistentVolumeClaim
 metadata: {name: runs}
 spec: {accessModes: [ReadWriteMany], resources: {requests: {storage: 1Gi}}}
 """
+# A pod that may be asked to connect to others.
+PROBE = """
+apiVersion: v1
+kind: Pod
+metadata: {name: NAME, labels: LABELS}
+spec:
+  terminationGracePeriodSeconds: 1
+  automountServiceAccountToken: false
+  securityContext: {runAsNonRoot: true, runAsUser: 1000, seccompProfile: {type: RuntimeDefault}}
+  containers:
+  - name: node
+    image: localhost/host:1
+    command: [python3, -m, http.server, "29500"]
+    securityContext: {allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}}
+"""
+CONNECT = """
+import socket, sys
+from concurrent.futures import ThreadPoolExecutor
+def taken(address):
+    host, _, port = address.partition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=3)
+    except OSError:
+        return False
+    return True
+with ThreadPoolExecutor() as pool:
+    print(*[a for a, t in zip(sys.argv[1:], pool.map(taken, sys.argv[1:])) if t])
+"""
+KUEUE = """
+apiVersion: kueue.x-k8s.io/v1beta2
+kind: ResourceFlavor
+metadata: {name: any}
+---
+apiVersion: kueue.x-k8s.io/v1beta2
+kind: ClusterQueue
+metadata: {name: team}
+spec:
+  namespaceSelector: {}
+  resourceGroups:
+  - coveredResources: [cpu, memory]
+    flavors:
+    - name: any
+      resources: [{name: cpu, nominalQuota: 1}, {name: memory, nominalQuota: 64Gi}]
+---
+apiVersion: kueue.x-k8s.io/v1beta2
+kind: LocalQueue
+metadata: {name: gpu}
+spec: {clusterQueue: team}
+"""
 
 
 class Site:
@@ -79,7 +129,7 @@ def cluster():
             "util-linux procps openssl; Go 1.21 or newer is on https://go.dev/dl"
         )
     folder = Path(tempfile.mkdtemp(prefix="kube-"))  # pytest's are too long for a socket's path
-    lab = KubeLab(folder, len(NAMES), GPUS, repository())
+    lab = KubeLab(folder, len(NAMES), GPUS, repository(), addons=["netpol"])
     try:
         lab.up()
         with pytest.MonkeyPatch.context() as patch:
@@ -242,6 +292,18 @@ class Client:
         items.sort(key=lambda pod: pod["metadata"]["creationTimestamp"])
         index = "batch.kubernetes.io/job-completion-index"
         return {int(pod["metadata"]["labels"][index]): pod for pod in items}
+
+    def probe(self, name, labels=None, space=None):
+        """Make a pod that waits; its labels decide whom it may speak to."""
+        at = ["-n", space or self.space]
+        text = PROBE.replace("NAME", name).replace("LABELS", json.dumps(labels or {}))
+        self.cluster.kubectl(*at, "apply", "-f", "-", input=text)
+        self.cluster.kubectl(*at, "wait", "--for=condition=Ready", f"pod/{name}", "--timeout=300s")
+
+    def reached(self, name, addresses, space=None):
+        """Return the addresses where a connection of a probe's is taken."""
+        words = ["python3", "-c", CONNECT, *addresses]
+        return self.cluster.kubectl("-n", space or self.space, "exec", name, "--", *words).split()
 
     def called(self, run):
         """Return what node 0 has called, and in which attempt."""
@@ -558,7 +620,8 @@ def test_a_service_rolls_over_and_back_under_load(client):
     client.must("deploy", RUN="3x", SERVICE="chat", FORCE="1")
     secret = client.cluster.kubectl("-n", SPACE, "get", "secret", "chat-key", "-o", "json")
     key = base64.b64decode(json.loads(secret)["data"]["key"]).decode().strip()
-    words = ["kubectl", "-n", SPACE, "exec", "relay-desk", "--", "python3", "-c", LOAD, key, "150"]
+    client.probe("load")
+    words = ["kubectl", "-n", SPACE, "exec", "load", "--", "python3", "-c", LOAD, key, "150"]
     load = subprocess.Popen(
         words, stdout=subprocess.PIPE, text=True, env={**os.environ, **client.cluster.environment}
     )
@@ -580,6 +643,36 @@ def test_a_service_rolls_over_and_back_under_load(client):
     nobody = client.launch("chat", RUN="other", PROMPT="x")
     assert_refused(nobody, "is not served")
     client.must("undeploy", RUN="3x")
+
+
+def test_who_may_speak_to_whom(client, namespace):
+    """The site's NetworkPolicies, by a controller that enforces them."""
+    part = {"app.kubernetes.io/part-of": "torch-relay"}
+    roles = {
+        "rank": {**part, "torch-relay/ranks": "all"},
+        "rank-2": {**part, "torch-relay/ranks": "all"},
+        "server": {**part, "app.kubernetes.io/component": "serve"},
+        "conductor": {**part, "app.kubernetes.io/component": "conductor"},
+        "stage": part,  # of one pod: data
+        "anybody": {},
+    }
+    for name, labels in roles.items():
+        client.probe(name, labels)
+    client.probe("stranger", space=namespace)
+    asked = client.cluster.kubectl("-n", SPACE, "get", "pods", "-o", "json")
+    pods = {pod["metadata"]["name"]: pod for pod in json.loads(asked)["items"]}
+    there = {f"{pods[name]['status']['podIP']}:29500": name for name in roles}
+    there["10.96.0.1:443"] = "API server"
+
+    def reached(name, space=None):
+        return {there[a] for a in client.reached(name, there, space)} - {name}
+
+    assert reached("stranger", namespace) == {"anybody", "API server"}  # no policy is about them
+    assert reached("anybody") == {"server", "API server"}
+    assert reached("rank") == {"rank-2"}
+    assert reached("conductor") == {"API server"}
+    assert reached("stage") == reached("server") == set()
+    client.cluster.kubectl("-n", SPACE, "delete", "pod", *roles, "--wait=false")
 
 
 def test_a_model_that_was_cut_touches_nothing(client):
@@ -622,6 +715,11 @@ def test_a_node_that_was_given_up_saves_nothing_more(own, client):
     client.steps("given-up", 20)
     pod = client.pods("given-up")[0]
     node, uid = pod["spec"]["nodeName"], pod["metadata"]["uid"]
+    other = next(name for name in NAMES if name != node)
+    own.kubectl("cordon", other)  # the desk is to be lost, too
+    own.kubectl("-n", SPACE, "delete", "pod", "relay-desk")
+    client.must("status", RUN="given-up")
+    own.kubectl("uncordon", other)
     own.stop_kubelet(node)
     try:
         until(lambda: node not in ready(own), 40, own.said)
@@ -644,3 +742,33 @@ def beat(cluster, namespace):
     """Return when the pod last wrote to its volume, 0 before it has."""
     written = [file.read_text() for file in cluster.state.glob(f"volumes/{namespace}-runs-*/beat")]
     return float("".join(written) or 0)
+
+
+# --- Kueue, which is asked about every job from here on: last
+
+
+def test_kueue_admits_one_run_after_another(own, client):
+    """A whole gang or nothing: the second waits in Kueue's words, and begins when the first has
+    ended; one that waits is taken back."""
+    own.add("kueue")
+    client.site(components=("cpu", "kueue"))
+    given = {"DATA": "/runs/3x/data", "NODES": "2"}
+    nobody = client.launch("pretrain", RUN="queued", **given, ARGS=STEPS)
+    assert_refused(nobody, "LocalQueue gpu: not in namespace")
+    own.kubectl("-n", SPACE, "apply", "-f", "-", input=KUEUE)
+    until(lambda: client.launch("pretrain", RUN="first", **given, ARGS=LONGER).returncode == 0, 60)
+    client.steps("first", 5)
+    client.must("pretrain", RUN="queued", **given, ARGS=STEPS)
+    client.must("pretrain", RUN="regretted", **given, ARGS=STEPS)
+    for run in ("queued", "regretted"):
+        until(
+            lambda run=run: "insufficient unused quota for cpu" in client.line(run, "pretrain"), 60
+        )
+        assert client.line(run, "pretrain").split()[1] == "queued"
+    assert client.pods("queued") == {}
+    client.must("cancel", RUN="regretted")
+    client.must("stop", RUN="first")
+    assert "done" in client.ended("queued", "pretrain")
+    client.must("pretrain", RUN="first", **given, ARGS=LONGER)
+    until(lambda: client.called("first")[1] == 2, LONG, lambda: client.said("first"))
+    client.must("stop", RUN="first")

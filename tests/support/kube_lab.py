@@ -92,8 +92,9 @@ class KubeLab:
         self.gpus, self.runtime = gpus, runtime
         self.mounts = [f"{folder.resolve()}:{path}" for path, folder in mounts.items()]
         self.images = [image.resolve() for image in images]
-        # Kueue comes last: its webhook is asked about each Deployment from then on, and must be up.
-        self.addons = sorted(addons, key="kueue".__eq__)
+        # Trainer needs JobSet's kinds. Kueue comes last: its webhook is asked about each Deployment
+        # from then on, and must be up.
+        self.addons = sorted(addons, key=["netpol", "jobset", "trainer", "kueue"].index)
         self._programs = _programs()
         self._cgroup = "kubelab-" + hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]
         self._children: list[subprocess.Popen] = []
@@ -127,7 +128,8 @@ class KubeLab:
         (self.state / "kubeconfig").touch(mode=0o600)
         (self.state / "kubeconfig").write_text(config.replace(API, f"127.0.0.1:{port}"))
         self._await("up")
-        self._apply_addons()
+        for addon in self.addons:
+            self.add(addon)
 
     def _write_conf(self) -> None:
         values = {
@@ -139,9 +141,7 @@ class KubeLab:
             "RUNTIME": self.runtime,
             "NETPOL": "1" if "netpol" in self.addons else "",
         }
-        archives = [self._programs / "addons" / addon / "image.tar" for addon in self.addons]
-        images = [*self.images, *(archive for archive in archives if archive.exists())]
-        lists = {"MOUNTS": self.mounts, "IMAGES": [*images, *self._own_image()]}
+        lists = {"MOUNTS": self.mounts, "IMAGES": [*self.images, *self._own_image()]}
         lines = [f"{name}={shlex.quote(str(value))}" for name, value in values.items()]
         lines += [f"{name}=({shlex.join(map(str, value))})" for name, value in lists.items()]
         (self.state / "conf").write_text("\n".join(lines) + "\n")
@@ -160,15 +160,19 @@ class KubeLab:
         image.main([str(archive), IMAGE, "--folder", CODE, *words, "--skeleton"])
         return [archive]
 
-    def _apply_addons(self) -> None:
-        for addon in self.addons:
-            manifest = self._programs / "addons" / addon / "manifest.yaml"
-            if manifest.exists():
-                self.kubectl("apply", "--server-side", "-f", str(manifest))
-        # Trainer becomes available only when JobSet's kinds are there: apply all, then wait.
-        if self.kubectl("get", "deploy", "-A", "-o", "name"):
-            available = ["--for=condition=Available", "--timeout=180s"]
-            self.kubectl("wait", *available, "-A", "--all", "deploy")
+    def add(self, addon: str) -> None:
+        """Give all nodes an add-on's image, apply its manifest, and wait for its controller."""
+        subprocess.run(["bash", KUBE / "build.sh", addon], stdout=subprocess.PIPE, check=True)
+        folder = self._programs / "addons" / addon
+        if not (folder / "manifest.yaml").exists():  # netpol runs on nodes, from their start
+            return
+        for name in self.names:
+            store = ["-a", str(self.state / name / "containerd.sock"), "-n", "k8s.io", "images"]
+            ctr, archive = str(self._programs / "bin/ctr"), str(folder / "image.tar")
+            self._inside(*self._on_node(name), ctr, *store, "import", archive)
+        self.kubectl("apply", "--server-side", "-f", str(folder / "manifest.yaml"))
+        available = ["--for=condition=Available", "--timeout=300s"]
+        self.kubectl("wait", *available, "-A", "--all", "deploy")
 
     def _start(self, log: str, *command: str) -> int:
         """Start something that outlives this process. Returns its pid."""
