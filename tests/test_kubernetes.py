@@ -400,7 +400,9 @@ def test_it_goes_on_after_a_stop_a_deleted_and_a_killed_pod(client):
     subprocess.run(["pkill", "-9", "-f", "scripts.pretrain /runs/goes-on"], check=True)
     assert "done" in client.ended("goes-on", "pretrain")
     before = [client.read("goes-on", f"attempts/{n}.json")["highest_before"] for n in (1, 2, 3, 4)]
-    assert before == sorted(set(before)), f"what was saved is lost: {before}"
+    # Twice the same: a pod was deleted before it had trained a step.
+    assert before == sorted(before), f"what was saved is lost: {before}"
+    assert before[-1] >= 40
     losses = [client.read(run, "stage.json")["summary"]["loss"] for run in ("3x", "goes-on")]
     assert losses[0] == losses[1]
 
