@@ -10,6 +10,7 @@ from tests.support.kills import Attempt, end_by, options, unbroken
 from tests.support.launching import make
 from tests.support.runs import ROOT, finished, stage_dir
 
+RECIPE = ROOT / "configs/align/grpo.yaml"
 ROW = {"prompt": [{"role": "user", "content": "join a path"}], "answer": "Join it."}
 
 
@@ -82,6 +83,24 @@ def test_what_trl_does_not_know_is_refused(tmp_path, config, arguments, words):
     file.write_text(f"reward_funcs: [grpo.short]\n{config}\n")
     rank = SimpleNamespace(config=file, arguments=arguments, directory=tmp_path, log="its log")
     with pytest.raises(InputError, match=words):
+        load_config(rank)
+
+
+@pytest.mark.parametrize(("arguments", "weights"), [([], None), (["--reward_weights", "2"], [2.0])])
+def test_a_reward_named_alone_has_not_the_weights_of_the_recipe(tmp_path, arguments, weights):
+    from scripts.tools.trl_grpo import load_config
+
+    arguments = ["--reward_funcs", "grpo.short", *arguments]
+    rank = SimpleNamespace(config=RECIPE, arguments=arguments, directory=tmp_path, log="its log")
+    assert load_config(rank)[1].reward_weights == weights
+
+
+def test_weights_must_be_as_many_as_rewards(tmp_path):
+    from scripts.tools.trl_grpo import load_config
+
+    arguments = ["--reward_funcs", "grpo.short", "--reward_weights", "1", "2"]
+    rank = SimpleNamespace(config=RECIPE, arguments=arguments, directory=tmp_path, log="its log")
+    with pytest.raises(InputError, match="2 of them, for 1 reward_funcs"):
         load_config(rank)
 
 

@@ -97,6 +97,12 @@ def load_config(rank: Rank) -> tuple[Any, Any, Any]:
             f"TRL refuses ARGS or what the model sets ({rank.directory / 'args.json'}):{said} "
             f"its words: {rank.log}"
         ) from None
+    words = {word.partition("=")[0].replace("-", "_") for word in rank.arguments}
+    if "__reward_funcs" in words and "__reward_weights" not in words:
+        settings.reward_weights = None  # the recipe's weigh its own functions; these count alike
+    weights, named = settings.reward_weights, script.reward_funcs
+    if weights and len(weights) != len(named):
+        raise InputError(f"reward_weights: {len(weights)} of them, for {len(named)} reward_funcs")
     # What its own script reads, and this stage does not: it would be ignored.
     ignored = {
         "use_peft": model.use_peft,
