@@ -24,6 +24,8 @@ def generate(env: Mapping[str, str]) -> str:
     """Answer DATA's prompts; return what to say of it. Raises InputError."""
     server = stages.maker("service").name
     asked = options.read(server, {**env, "DATA": ""})
+    if asked.dry_run:
+        raise InputError("DRY_RUN=1: generate has no dry run; it writes OUT alone")
     data, out = env.get("DATA", ""), env.get("OUT", "")
     if not data or not out:
         raise InputError("give the prompts and where the answers go: DATA=prompts.jsonl OUT=…")

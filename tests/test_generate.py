@@ -72,8 +72,15 @@ def test_answers_keep_the_order_and_appear_whole(tmp_path):
 def test_answers_to_other_prompts_are_left_alone(tmp_path):
     out = tmp_path / "answers.jsonl"
     Answers(out, ROWS).add(["x"])
-    with pytest.raises(InputError, match=r"answers.jsonl.part: has answers to other prompts"):
+    with pytest.raises(
+        InputError, match=r"answers.jsonl.part: has no answers, or those to other prompts"
+    ):
         Answers(out, [{"prompt": "other"}])
+    for text in ("a note\n", "[1]\n", "1\n"):
+        out.write_text(text)
+        with pytest.raises(InputError, match=r"answers.jsonl: has no answers"):
+            Answers(out, ROWS)
+        assert out.read_text() == text
     out.write_text(json.dumps({**ROWS[0], "answer": "x"}) + "\n")
     with pytest.raises(InputError, match="is there, with 1 of 2 answers"):
         Answers(out, ROWS)

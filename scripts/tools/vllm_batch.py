@@ -62,11 +62,14 @@ class Answers:
         self.part = out.with_name(out.name + ".part")
         source = out if out.exists() else self.part
         whole = source.read_bytes().split(b"\n")[:-1] if source.exists() else []
-        done = [json.loads(line) for line in whole]
-        asked = [{k: v for k, v in row.items() if k != "answer"} for row in done]
+        try:
+            done = [json.loads(line) for line in whole]
+            asked: Any = [{k: v for k, v in row.items() if k != "answer"} for row in done]
+        except (ValueError, AttributeError):  # no answers of ours at all
+            done, asked = [], None
         if asked != [{k: v for k, v in row.items() if k != "answer"} for row in rows[: len(done)]]:
             raise InputError(
-                f"{source}: has answers to other prompts; give another OUT, or move it"
+                f"{source}: has no answers, or those to other prompts; give another OUT, or move it"
             )
         if source == out and len(done) != len(rows):
             raise InputError(f"{out}: is there, with {len(done)} of {len(rows)} answers; move it")
