@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -14,7 +15,10 @@ from scripts.clusters import local
 from scripts.clusters.catalog import CLUSTERS
 from scripts.clusters.interface import Cluster, child_environment, say_what_is_left_out
 from scripts.clusters.slurm_site import TOLD, Site
+from scripts.launcher.chat import Server
 from scripts.run import attempts
+from scripts.run.errors import InputError
+from scripts.run.files import write_json
 from scripts.run.layout import Run
 from scripts.run.processes import bound, process_start
 
@@ -40,6 +44,23 @@ def test_a_run_without_jobs_asks_no_scheduler(runs):
         cluster = kind({"PATH": "/nowhere"})
         assert cluster.jobs(Run(runs, "x")) == {}
         assert cluster.lost({}) == []
+
+
+def test_chat_waits_for_a_model_that_is_loading(runs, capsys):
+    """Until it has an address, or has ended."""
+    run = Run(runs, "x")
+    directory, cluster = run.stage("deploy"), CLUSTERS["local"]({})
+    attempt = attempts.begin(directory)
+    (directory / "api-key").write_text("secret")
+    (directory / "stage.env").touch()
+    at = {"host": "127.0.0.1", "port": 9}
+    threading.Timer(0.2, write_json, (directory / "server.json", at)).start()
+    assert Server(run, cluster).url == "http://127.0.0.1:9/v1/chat/completions"
+    assert capsys.readouterr().err == "run x is loading; Ctrl-C ends the wait\n"
+    (directory / "server.json").unlink()
+    threading.Timer(0.2, attempts.end, (directory, attempt, 1)).start()
+    with pytest.raises(InputError, match="run x is not served; make deploy RUN=x"):
+        Server(run, cluster)
 
 
 @pytest.mark.parametrize("save", [True, False])
