@@ -304,6 +304,7 @@ def test_alignment_moved_preferences_and_kept_the_rest(scores):
 # --- two processes, other beginnings ---
 
 
+@pytest.mark.nightly
 def test_two_processes_learn_the_same(demo, scores):
     """Half the batch on each of two processes is the same batch: FSDP must agree with one
     process."""

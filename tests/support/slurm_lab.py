@@ -202,9 +202,14 @@ class Lab:
 
     def ask(self, *words: str) -> str:
         """Return the output of a Slurm command; fail the test where it fails."""
-        done = subprocess.run(
-            words, env={**os.environ, **self.environment}, capture_output=True, text=True
-        )
+        # A slurmctld that waits for a name server answers nobody for more than the 10 s of
+        # MessageTimeout.
+        for _ in range(6):
+            done = subprocess.run(
+                words, env={**os.environ, **self.environment}, capture_output=True, text=True
+            )
+            if "timed out" not in done.stderr:
+                break
         assert done.returncode == 0, f"{words} failed: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
