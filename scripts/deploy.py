@@ -3,6 +3,7 @@
 A cluster runs it: python -m scripts.deploy runs/<run>/deploy
 """
 
+import tempfile
 import threading
 from pathlib import Path
 
@@ -33,10 +34,13 @@ def main(stage: Parent) -> dict:
     address.unlink(missing_ok=True)
     waiting = (stage, address, stage.digests.describe(model))
     threading.Thread(target=vllm.write_address, args=waiting, daemon=True).start()
-    try:
-        stage.ranks({**vllm.environment(), "VLLM_API_KEY": vllm.api_key(stage)})
-    finally:
-        address.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix="relay-") as folder:
+        # vLLM leaves sockets and files where TMPDIR says.
+        more = {"VLLM_API_KEY": vllm.api_key(stage), "TMPDIR": folder}
+        try:
+            stage.ranks({**vllm.environment(), **more})
+        finally:
+            address.unlink(missing_ok=True)
     raise RuntimeError(f"vLLM ended by itself; its words: {stage.log}")
 
 

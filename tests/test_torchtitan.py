@@ -1,5 +1,6 @@
 """torchtitan's trainer under every data-parallel layout, and the options that are refused."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -9,7 +10,9 @@ import sys
 
 import pytest
 
+from scripts.run.errors import InputError
 from scripts.tools import patches, torchtitan_options
+from scripts.tools.config_check import refusals
 from tests.support.runs import ROOT
 
 # layout: ranks, replicate degree, shard degree, samples a rank and microbatch
@@ -273,3 +276,33 @@ def test_all_problems_are_reported_at_once():
         options(compile__enable=True, comm__mode="fake_backend", checkpoint__enable=False), 1, True
     )
     assert len(found) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--training.step", "5"], "--training.step, 5; did you mean --training.steps\\?"),
+        (["--training.steps", "x"], "Error parsing --training.steps: .*'x' \\(all"),
+        (["training.steps=4"], "Unrecognized options: training.steps=4 "),
+    ],
+)
+def test_what_torchtitan_refuses_is_named(words, told):
+    with pytest.raises(InputError, match=f"torchtitan refuses ARGS .*{told}"):
+        torchtitan_options.parse(["--metrics.log_freq", "2", *words])
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["run", "--limitt", "3"], "unrecognized arguments: --limitt 3; did you mean --limit"),
+        (["run", "--limit", "x"], "argument --limit: invalid int value: 'x'$"),
+        (["run", "--nothing"], "unrecognized arguments: --nothing$"),
+    ],
+)
+def test_what_argparse_refuses_is_named(words, told):
+    parser = argparse.ArgumentParser()
+    parser.add_subparsers().add_parser("run").add_argument("--limit", type=int)
+    with pytest.raises(InputError, match=f"lm-eval refuses ARGS .*{told}"), refusals("lm-eval"):
+        parser.parse_args(words)
+    with pytest.raises(SystemExit):  # outside of it argparse is as it was
+        parser.parse_args(words)

@@ -6,14 +6,20 @@ an hour in.
 
 from __future__ import annotations
 
+import argparse
 import builtins
+import contextlib
 import dataclasses
+import difflib
 import inspect
+import re
 import typing
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NoReturn
 
-from scripts.run.errors import nearest
+from scripts.run.errors import InputError, nearest
+
+REFUSES = "refuses ARGS or what the model sets"
 
 
 def unknown(key: str, known: Iterable[str]) -> str:
@@ -68,4 +74,32 @@ def against_signature(
         elif parameters[key].annotation in (int, float, bool, str, "int", "float", "bool", "str"):
             problem = wrong_type(value, parameters[key].annotation)
             found += [f"{prefix}{key} = {value!r}: {problem}"] if problem else []
+    return found
+
+
+@contextlib.contextmanager
+def refusals(tool: str) -> Iterator[None]:
+    """Raise InputError, in the words of upstream's parser and with the nearest of its options,
+    where argparse would end the process with 2."""
+
+    def error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+        wrong = re.search(r"unrecognized arguments: ([^\s=]+)", message)
+        near = difflib.get_close_matches(wrong[1], _options(parser), 1) if wrong else []
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(f"{tool} {REFUSES}: {message}{meant}")
+
+    upstream = argparse.ArgumentParser.error
+    argparse.ArgumentParser.error = error  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        argparse.ArgumentParser.error = upstream  # type: ignore[method-assign]
+
+
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    """Name the options of a parser and of its commands."""
+    found = list(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found += [name for command in action.choices.values() for name in _options(command)]
     return found

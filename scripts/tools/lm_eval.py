@@ -13,7 +13,7 @@ from scripts.run import gate, suites
 from scripts.run.errors import InputError
 from scripts.run.files import read_json
 from scripts.tools import lm_eval_tasks, patches
-from scripts.tools.config_check import against_dataclass
+from scripts.tools.config_check import against_dataclass, refusals
 from scripts.tools.decoder import attention
 
 RESULTS, BEFORE = "results", "before"  # where in the stage's directory lm-eval writes
@@ -89,7 +89,8 @@ def evaluate(rank: Rank) -> None:
         sys.argv = ["lm_eval", "run", "--config", str(rank.config), "--include_path", str(tasks)]
         sys.argv += ["--output_path", str(rank.directory / folder), "--log_samples"]
         sys.argv += ["--tasks", ",".join(names), "--model_args", model, *device, *rank.arguments]
-        cli_evaluate()
+        with refusals("lm-eval"):
+            cli_evaluate()
 
 
 def _listed(tasks: Any) -> list[str]:

@@ -47,7 +47,7 @@ def load_config(stage: Rank):
     Raises InputError with every unknown section, unknown key and wrong type at once.
     """
     import tomllib
-    from torchtitan.config import ConfigManager, JobConfig
+    from torchtitan.config import JobConfig
 
     try:
         values = tomllib.loads(stage.config.read_text(encoding="utf-8"))
@@ -56,14 +56,7 @@ def load_config(stage: Rank):
     found = [f"{stage.config}: {problem}" for problem in against_dataclass(JobConfig, values)]
     if found:
         raise InputError(found)
-    try:
-        given = ["--job.config_file", str(stage.config), *overrides(stage)]
-        return ConfigManager().parse_args(given)
-    except SystemExit:  # the parser has printed which argument and why
-        raise InputError(
-            f"torchtitan refuses ARGS or what the model sets; its words: {stage.log}; all of them: "
-            f".venv/bin/python -m torchtitan.config.manager --help; given: {stage.arguments}"
-        ) from None
+    return torchtitan_options.parse(["--job.config_file", str(stage.config), *overrides(stage)])
 
 
 def check(stage: Rank, config) -> None:

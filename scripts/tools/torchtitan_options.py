@@ -1,15 +1,23 @@
-"""Options of torchtitan 0.2.2 that it accepts and that then do harm, or nothing.
+"""Options of torchtitan 0.2.2: parsed, and those refused that it accepts and that then do harm, or
+nothing.
 
-What each does was seen in runs on two gloo ranks or read in its source; it is refused before a
-step, by name, so that nobody pays for a run to find out.
+What each of these does was seen in runs on two gloo ranks or read in its source; it is refused
+before a step, by name, so that nobody pays for a run to find out.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import re
+import sys
 from importlib.util import find_spec
 from operator import attrgetter
 from typing import Any
+
+from scripts.run.errors import InputError
+from scripts.tools.config_check import REFUSES
 
 DENSE = "the models here are dense: it does nothing"
 EXPORTED = "this stage writes the Hugging Face directory itself, from a whole checkpoint"
@@ -60,6 +68,31 @@ OWN_ALONE: dict[str, Any] = {
     "model.converters": [],
 }
 CONVERTERS = ("linear.float8", "linear.mx", "grouped_mm.float8", "grouped_mm.mx")
+
+
+def parse(words: list[str]) -> Any:
+    """Return the JobConfig of a command line. Raises InputError with torchtitan's own words."""
+    from torchtitan.config import ConfigManager
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return ConfigManager().parse_args(words)
+    except SystemExit:
+        print(said.getvalue(), file=sys.stderr)
+        raise InputError(
+            f"torchtitan {REFUSES}: {refusal(said.getvalue())} (all that it takes: "
+            ".venv/bin/python -m torchtitan.config.manager --help)"
+        ) from None
+
+
+def refusal(said: str) -> str:
+    """Return what tyro, torchtitan's parser, says of a wrong argument, below its title and up to a
+    line that is drawn: which one it is, and the first of those that it takes to be meant."""
+    lines = [line.strip("│ ") for line in said.strip().splitlines()[1:]]
+    parts = [" ".join(part.split()) for part in re.split(r"^[\W_]*$", "\n".join(lines), flags=re.M)]
+    near = re.search(r"Perhaps you meant:\W*(--[\w.]+)", said)
+    return next(filter(None, parts), said) + (f"; did you mean {near[1]}?" if near else "")
 
 
 def problems(config: Any, world: int, on_cpu: bool) -> list[str]:

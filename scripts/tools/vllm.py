@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import glob
 import os
 import secrets
+import shutil
 import socket
 import sys
 import tempfile
@@ -17,9 +19,9 @@ from scripts.job.environment import forget_rank
 from scripts.job.parent import Parent
 from scripts.job.rank import Rank
 from scripts.run import files
-from scripts.run.errors import InputError
 from scripts.run.processes import die_with_parent
 from scripts.tools import patches
+from scripts.tools.config_check import refusals
 
 # where this machine reaches a server that is bound to all interfaces
 ALL_INTERFACES = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104
@@ -78,15 +80,8 @@ def serve(stage: Rank) -> None:
 
     patches.vllm_engine_by_fork()
 
-    try:
+    with refusals("vLLM"):
         vllm()
-    except SystemExit as end:
-        if end.code == 2:  # argparse has said which argument and why
-            raise InputError(
-                f"vLLM refuses ARGS or what the model sets, {stage.directory / 'args.json'}, "
-                f"or {stage.config}; its words: {stage.log}; given: {stage.arguments}"
-            ) from None
-        raise
 
 
 def without_pattern(model: Path) -> Path:
@@ -95,6 +90,7 @@ def without_pattern(model: Path) -> Path:
     if not glob.has_magic(str(model)):
         return model
     link = Path(tempfile.mkdtemp(prefix="relay-model-"), "model")
+    atexit.register(shutil.rmtree, link.parent, ignore_errors=True)
     link.symlink_to(model)
     return link
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from scripts.run.errors import InputError
 from scripts.tools import patches
+from scripts.tools.config_check import refusals
 from scripts.tools.vllm import environment, without_pattern
 
 # Tokens of an answer; --override-generation-config '{"max_new_tokens": 64}' in ARGS says otherwise.
@@ -64,10 +65,10 @@ class Answers:
         whole = source.read_bytes().split(b"\n")[:-1] if source.exists() else []
         try:
             done = [json.loads(line) for line in whole]
-            asked: Any = [{k: v for k, v in row.items() if k != "answer"} for row in done]
+            same = [_asked(row) for row in done] == [_asked(row) for row in rows[: len(done)]]
         except (ValueError, AttributeError):  # no answers of ours at all
-            done, asked = [], None
-        if asked != [{k: v for k, v in row.items() if k != "answer"} for row in rows[: len(done)]]:
+            same = False
+        if not same:
             raise InputError(
                 f"{source}: has no answers, or those to other prompts; give another OUT, or move it"
             )
@@ -111,14 +112,14 @@ def answer(model: Path, answers: Answers, words: list[str]) -> None:
     """Answer what is left with vLLM, whose arguments `words` are. Raises InputError for those that
     it refuses."""
     os.environ.update(environment())
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # a page on what it is, at each start
     from vllm import LLM, EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     patches.vllm_engine_by_fork()
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
-    given, other = parser.parse_known_args(["--model", str(without_pattern(model)), *words])
-    if other:
-        raise InputError(f"ARGS: {' '.join(other)}: no engine of vLLM takes that")
+    with refusals("vLLM"):
+        given = parser.parse_args(["--model", str(without_pattern(model)), *words])
     llm = LLM.from_engine_args(EngineArgs.from_cli_args(given))
     how = llm.get_default_sampling_params()
     if how.max_tokens in (None, 16):  # vLLM's default, where the model says nothing
