@@ -1,5 +1,6 @@
 """GRPO by TRL in the stage align: rewards as plain functions, resume, and what it refuses."""
 
+import json
 import sys
 from types import SimpleNamespace
 
@@ -63,6 +64,22 @@ def test_the_rewards_of_the_recipe():
     names = ("exact_match", "sentence", "short")
     found = {name: Reward(f"grpo.{name}", ROOT / "configs/align")(**given) for name in names}
     assert found == {"exact_match": [1, 0, 0], "sentence": [1, 0, 1], "short": [1, 0.5, 0]}
+
+
+@pytest.mark.parametrize("named", ["config", "--reward_funcs", "--reward-funcs"])
+def test_a_reward_is_tried_before_trl_is_imported(rewards, named):
+    from scripts.tools.trl_grpo import try_rewards
+
+    folder = rewards("def good(completions, **_):\n    return [1 / 0]")
+    (folder / "sft").mkdir()
+    chat = {"messages": [*ROW["prompt"], {"role": "assistant", "content": "Join it."}]}
+    (folder / "sft/part-0.jsonl").write_text(json.dumps(chat) + "\n")
+    config, good = folder / "config.yaml", ["trl.rewards.think_format_reward", "rewards.good"]
+    config.write_text(f"reward_funcs: {json.dumps(good if named == 'config' else ['no.such'])}\n")
+    arguments = [] if named == "config" else ["--beta", "1", named, *good]
+    rank = SimpleNamespace(config=config, arguments=arguments, directory=folder)
+    with pytest.raises(InputError, match=r"rewards.good: ZeroDivisionError"):
+        try_rewards(rank, folder)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +210,9 @@ def test_equal_rewards_teach_nothing(folder):
 
     source = unbroken("finetune") / "model"
     arguments = SHORT.replace("4", "3").replace("12", "2") + " --reward_funcs grpo.short"
-    make("align", **asked("grpo-equal", arguments + " --reward_weights 0.1"))
+    said = make("align", **asked("grpo-equal", arguments + " --reward_weights 0.1")).stdout
+    assert "2 of 2 steps taught nothing" in said
+    assert said.count("align 2/2") == 1, f"the last step is told once:\n{said}"
     files = [
         next(path.glob("model*.safetensors"))
         for path in (source, stage_dir("grpo-equal", "align") / "model")

@@ -15,6 +15,7 @@ import urllib.request
 import pytest
 
 from bench.measures import loss_curve, mcnemar_p, mean_and_error, metric, paired_t, samples
+from scripts.run.files import read_json
 from scripts.tools.torchtune_tokenizer import ChatTokenizer
 from tests.support.launching import assert_refused, call_make, make
 from tests.support.logits import assert_same_logits, transformers_logits
@@ -338,7 +339,7 @@ def test_two_processes_learn_the_same(demo, scores):
 def test_pretraining_goes_on_from_a_model(demo, name, gpus):
     """FROM= in pretrain: the first loss is the model's, not a random one's (8.1), with torchtitan's
     class and, on two ranks, with transformers'. Started by what its dry run prints."""
-    arguments = "--training.steps 3 --metrics.log_freq 1 --lr_scheduler.warmup_steps 1"
+    arguments = "--training.steps 3 --metrics.log_freq 2 --lr_scheduler.warmup_steps 1"
     options = {
         "RUN": f"on-{name}",
         "MODEL": "debug",
@@ -358,6 +359,7 @@ def test_pretraining_goes_on_from_a_model(demo, name, gpus):
     stage = demo["runs"] / f"on-{name}/pretrain"
     first = loss_curve(stage / "metrics")[0][1]
     assert first < 5.5, f"a first loss of {first:.2f} is that of random weights"
+    assert read_json(stage / "stage.json")["summary"]["step"] == 3, "the last step, not the logged"
     assert_same_logits(stage / "model", list(range(5, 100)))
 
 
@@ -371,8 +373,11 @@ def test_lora_finetuning_hands_on_a_merged_model(demo):
         RECIPE="lora",
         FROM=source,
         DATA=data,
-        ARGS="epochs=1 max_steps_per_epoch=10",
+        ARGS="epochs=1 max_steps_per_epoch=7 log_every_n_steps=5",
     )
+    summary = read_json(demo["runs"] / "lora/finetune/stage.json")["summary"]
+    assert summary["step"] == 7, "the last step, which no log told"
+    assert "loss" in summary
     names = {p.name for p in (demo["runs"] / "lora/finetune/model").iterdir()}
     adapters = [name for name in names if name.startswith("adapter")]
     assert not adapters, f"files of adapters were handed on: {adapters}"

@@ -59,6 +59,7 @@ class Progress:
         self.shown = time.monotonic()  # when a line was printed last
         self.first: Optional[tuple[float, float]] = None  # time and number of the first step
         self.line_is_open = False
+        self.line = ""  # the newest
 
     def enter(self, phase: str) -> None:
         """Show this phase and its seconds from now on; "" shows none until the next report."""
@@ -94,7 +95,9 @@ class Progress:
             line += f"  {learned}" if (learned := attempts.learned(numbers)) else ""
             if "tokens_per_second" in numbers:
                 line += f"  {numbers['tokens_per_second']:,.0f} tokens/s"
-            self._show(line + (f"  {(total - step) / rate:.0f} s left" if rate else ""))
+            line += f"  {(total - step) / rate:.0f} s left" if rate else ""
+            if line != self.line:  # the last step is told once more where training ends
+                self._show(line)
 
     def say(self, sentence: str) -> None:
         """Show a sentence that stays."""
@@ -114,7 +117,7 @@ class Progress:
     def _show(self, line: str) -> None:
         if self.quiet:
             return
-        self.shown = time.monotonic()
+        self.shown, self.line = time.monotonic(), line
         self.line_is_open = sys.stdout.isatty()
         if self.line_is_open:
             self._print(f"\r{line:<78}", end="")

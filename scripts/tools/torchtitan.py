@@ -168,6 +168,7 @@ def train(stage: Rank) -> None:
     stage.phase("loads the text and the checkpoint")
     try:
         trainer.train()
+        stage.report(step=trainer.step, total=config.training.steps)  # no step of a log, perhaps
         dist.barrier()
         if not trainer.left:
             stage.phase("exports the model")

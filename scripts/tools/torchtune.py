@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from scripts.job.parent import Parent
-from scripts.job.rank import Rank
+from scripts.job.rank import Left, Rank
 from scripts.run import preflight
 from scripts.run.errors import InputError
 from scripts.run.files import read_json
@@ -89,7 +89,12 @@ def train(stage: Rank, dataset: str) -> None:
     batches = Resumable(stage, recipe, cfg.get("save_every_n_steps") or 0)
     batches.resume()
     _report_progress(stage, recipe)
-    recipe.train()
+    try:
+        recipe.train()
+    except Left:
+        _report(stage, recipe)
+        raise
+    _report(stage, recipe)
     batches.wait()
     recipe.cleanup()
 
@@ -170,10 +175,15 @@ def _needs(stage: Rank, cfg) -> list[str]:
     )
 
 
+def _report(stage: Rank, recipe, **numbers: float) -> None:
+    """Report the recipe's step, which the last log need not have told."""
+    total = recipe.total_epochs * recipe._steps_per_epoch
+    stage.report(**{"step": recipe.global_step, "total": total, **numbers})
+
+
 def _report_progress(stage: Rank, recipe) -> None:
     """Wrap the recipe's log_dict on rank 0, to report step, loss and speed to the parent, too."""
-    total = recipe.total_epochs * recipe._steps_per_epoch
-    stage.report(step=recipe.global_step, total=total)
+    _report(stage, recipe)
     if not stage.first:
         return  # distributed recipes have a logger on rank 0 alone
     logger = recipe._metric_logger
@@ -185,6 +195,6 @@ def _report_progress(stage: Rank, recipe) -> None:
         speed = payload.get("tokens_per_second_per_gpu")
         if speed is not None:
             numbers["tokens_per_second"] = round(float(speed))
-        stage.report(step=step, total=total, **numbers)
+        _report(stage, recipe, step=step, **numbers)
 
     logger.log_dict = log_dict

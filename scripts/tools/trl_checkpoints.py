@@ -70,6 +70,7 @@ def watcher(rank: Rank, trainer: Any) -> Any:
     class Watcher(TrainerCallback):
         def __init__(self) -> None:
             self.left, self.stop = False, agreement.Stop(rank)
+            self.steps = self.untaught = 0  # in this attempt; those whose rewards were all equal
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             rank.report(step=state.global_step, total=state.max_steps)
@@ -77,7 +78,9 @@ def watcher(rank: Rank, trainer: Any) -> Any:
         def on_pre_optimizer_step(self, *_: Any, model: Any = None, **more: Any) -> None:
             # Equal rewards teach nothing, but Adam makes steps of full size of their rounding.
             spread = trainer._metrics["train"].get("frac_reward_zero_std", [0])
+            self.steps += 1
             if spread[-1] == 1:
+                self.untaught += 1
                 for parameter in model.parameters():
                     parameter.grad = None
 
@@ -98,5 +101,14 @@ def watcher(rank: Rank, trainer: Any) -> Any:
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             found = {"reward": round(logs["reward"], 4)} if "reward" in (logs or {}) else {}
             rank.report(step=state.global_step, total=state.max_steps, **found)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            rank.report(step=state.global_step, total=state.max_steps)
+            if self.untaught and rank.first:
+                rank.say(
+                    f"{self.untaught} of {self.steps} steps taught nothing: all answers to a "
+                    "prompt had the same reward; rewards that tell them apart, a higher "
+                    "temperature or more num_generations help"
+                )
 
     return Watcher()

@@ -6,10 +6,13 @@ torchtune's wheel has such a recipe without the modules that it calls.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import glob
 import importlib
 import inspect
+import itertools
+import json
 import os
 import sys
 import traceback
@@ -39,8 +42,10 @@ def is_config(config: Path) -> bool:
 def train(rank: Rank) -> None:
     """Do one rank's work: configuration, checks, training. Raises InputError, and Left when asked
     to stop."""
-    rank.phase("imports TRL")
     source, data = rank.path("FROM"), rank.path("DATA")
+    rank.phase("tries the rewards")
+    try_rewards(rank, data)
+    rank.phase("imports TRL")
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(
         rank.directory / "metrics" / f"attempt-{rank.attempt_number}"
     )
@@ -74,6 +79,24 @@ def train(rank: Rank) -> None:
         whole.save_pretrained(rank.directory / "checkpoints" / FINAL)
     trainer.accelerator.wait_for_everyone()
     trainer.end()
+
+
+def try_rewards(rank: Rank, data: Path) -> None:
+    """Call the user's own rewards with the first chat of DATA, before TRL and torch are imported
+    for half a minute. Raises InputError."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--reward_funcs", "--reward-funcs", nargs="+")
+    try:
+        names = parser.parse_known_args(rank.arguments)[0].reward_funcs
+    except argparse.ArgumentError:
+        return  # TRL says what is wrong
+    names = names or read_yaml(rank.config)["reward_funcs"]
+    for file in sorted((data / "sft").glob("*.jsonl"))[:1]:
+        with open(file, encoding="utf-8") as lines:
+            first = [row(json.loads(line)) for line in itertools.islice(lines, 1)]
+        for name in names if isinstance(names, list) else []:
+            if first and not name.startswith("trl."):
+                Reward(name, rank.directory).check(first[0])
 
 
 def load_config(rank: Rank) -> tuple[Any, Any, Any]:
@@ -141,12 +164,14 @@ def prompts(data: Path) -> Sequence[dict[str, Any]]:
     if not files:
         return []
 
-    def row(chat: dict[str, Any]) -> dict[str, Any]:
-        turns = [{"role": turn["role"], "content": turn["content"]} for turn in chat["messages"]]
-        return {"prompt": turns[:-1], "answer": turns[-1]["content"]}
-
     chats = load_dataset("json", data_files=files, split="train")
     return chats.map(row, remove_columns=chats.column_names)
+
+
+def row(chat: dict[str, Any]) -> dict[str, Any]:
+    """Return a chat as a row of TRL: what is asked, and the last answer."""
+    turns = [{"role": turn["role"], "content": turn["content"]} for turn in chat["messages"]]
+    return {"prompt": turns[:-1], "answer": turns[-1]["content"]}
 
 
 def check(rank: Rank, settings: Any, rows: Sequence[Any]) -> None:
