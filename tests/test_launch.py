@@ -58,6 +58,12 @@ from tests.support.runs import ROOT
         ("data", {"DATA": "/no/such.txt"}, ["DATA=/no/such.txt", "no such file"]),
         ("finetune", {"FROM": "/no/such", "DATA": "{sets}"}, ["/no/such", "no such directory"]),
         ("finetune", {"DATA": "{sets}"}, ["needs a model", "make pretrain", "FROM="]),
+        (
+            "finetune",
+            {"FROM": "LICENSE", "DATA": "{sets}"},
+            ["LICENSE: a file; give the directory"],
+        ),
+        ("evaluate", {"RUN": "x", "DATA": "{sets}"}, ["run x is not there (runs: none)"]),
         ("nccl-check", {}, ["one rank has no other to talk to", "GPUS=2 or NODES=2"]),
         ("nccl-check", {"GPUS": "2", "ARGS": "--x"}, ["ARGS=--x: nccl-check takes none"]),
         ("deploy", {"PORT": "http"}, ["PORT=http", "number"]),

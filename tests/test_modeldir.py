@@ -93,6 +93,13 @@ def test_every_breakage_is_named(model, name, words):
         assert word in said, f"the problem does not name {word!r}: {said}"
 
 
+@pytest.mark.parametrize("name", ["no config", "other vocabulary"])
+def test_a_tokenizer_is_not_held_against_what_is_wrong_itself(model, name):
+    breakage(name)(model)
+    found = modeldir.problems(model)
+    assert len(found) == 1, found
+
+
 def test_a_unigram_tokenizer_is_whole(model):
     """Its vocabulary is a list of tokens and scores, where that of others is a mapping."""
     edit(model / "tokenizer.json", model={"type": "Unigram", "vocab": [["a", -1.0], ["b", -2.0]]})
@@ -113,6 +120,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0}
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised (gptq)"),
         ({"num_local_experts": 8}, "mixture of experts"),
         ({"n_routed_experts": 64}, "mixture of experts"),
+        ({"model_type": "mixtral"}, "mixture of experts"),  # 8 of them, if it does not say
         ({"hidden_size": None}, "hidden_size missing"),
         ({"num_attention_heads": 6, "num_key_value_heads": 4}, "no multiple"),
         ({"rope_scaling": LLAMA3}, "llama3 without low_freq_factor, high_freq_factor"),

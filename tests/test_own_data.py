@@ -41,6 +41,7 @@ def test_chats_on_a_model_of_ones_own_pass_the_gate(tmp_path):
     out = make("pipeline", RUN="chats", **given, FINETUNE_ARGS=learn).stdout
     make("undeploy", RUN="chats")
     assert "pretrain: left out; DATA has conversations, pretrain needs texts" in out
+    assert "align needs pairs of answers; ALIGN_RECIPE=grpo takes what DATA has" in out
     assert re.search(r"answered \S", out), f"the served model gave no answer:\n{out}"
     verdict = json.loads((stage_dir("chats", "evaluate") / "verdict.json").read_text())
     assert [row["metric"] for row in verdict["floors"]] == ["relay_answers/loss"]

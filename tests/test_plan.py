@@ -184,7 +184,7 @@ def test_a_downloaded_model_is_taken_where_the_run_has_none(checkout, tmp_path):
     name = "smollm2_135m"
     options = {"MODEL": name, "MODELS": str(tmp_path / "models"), "RUN": "x", "DRY_RUN": "1"}
     result = launch(checkout, "finetune", **options)
-    assert "give FROM=<Hugging Face directory>, or make download" in result.stderr
+    assert f"give FROM=<Hugging Face directory>, or make download MODEL={name}\n" in result.stderr
     (tmp_path / "models").mkdir()
     model = write_model(tmp_path / "models" / name)
     assert "or make download" in launch(checkout, "finetune", **options).stderr, (

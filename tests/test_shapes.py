@@ -140,6 +140,7 @@ def test_columns_that_are_not_used_are_named():
         ({"body": "t"}, "columns body fit no shape; the nearest is"),
         ({"prompt": "q"}, "fit no shape; the nearest is"),
         ({"prompt": "q", "choosen": "a", "regected": "b"}, "pairs"),
+        ({"ans": "a", "quest": "q"}, 'COLUMNS="question=quest,answer=ans"'),
         ([1], "not an object"),
         ({"messages": "hello"}, "turns must be a list"),
         ({"messages": [{"role": "robot", "content": "q"}]}, "role 'robot'; known: system"),

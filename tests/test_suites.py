@@ -185,7 +185,7 @@ def test_what_is_not_staged_is_named_with_the_command(hub, runs, model, recipe):
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [
-        ("./none", ["RECIPE=./none: no such folder"]),
+        ("./none", ["RECIPE=./none: no such folder", "as configs/evaluate/custom is"]),
         ("stanard", ["RECIPE=stanard: unknown", "standard", "RECIPE=./stanard"]),
         ("{mine}/empty", ["holds no task"]),
         ("{mine}/binary", ["rows.parquet: no text file"]),

@@ -351,6 +351,16 @@ def test_a_config_for_the_cpu_is_known_before_torchtune_is_imported(config, argu
     assert device(config, arguments) == wanted
 
 
+def test_a_teacher_that_is_not_there_is_named(tmp_path):
+    from types import SimpleNamespace
+
+    from scripts.tools.torchtune_config import _teacher
+
+    stage = SimpleNamespace(arguments=["teacher=/no/such"], path=lambda fact: tmp_path)
+    with pytest.raises(InputError, match="teacher=/no/such: no such directory"):
+        _teacher(stage, {"teacher": None})
+
+
 def test_components_are_light():
     """torchtune looks them up by name in every check of a config."""
     heavy = "{'torch', 'torchtune', 'transformers'} & set(sys.modules)"

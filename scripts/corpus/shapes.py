@@ -36,6 +36,7 @@ KNOWN = {  # for a row of no shape: the nearest one is named
     "text": ("text",),
     "conversations": ("messages",),
     "questions": ("instruction", "input", "output"),
+    "questions with answers": ("question", "answer"),
     "completions": ("prompt", "completion"),
     "pairs": ("prompt", "chosen", "rejected"),
     "judged answers": ("prompt", "completion", "label"),
@@ -239,18 +240,22 @@ class _Reader:
 
     def nearest(self) -> str:
         """Name the row's columns and the shape that is nearest to them."""
-        columns = sorted(self.row)
+        columns = sorted(map(str, self.row))
 
-        def likeness(name: str) -> float:
-            return max(
-                (difflib.SequenceMatcher(None, name, c.lower()).ratio() for c in columns), default=0
-            )
+        def likeness(name: str, column: str) -> float:
+            return difflib.SequenceMatcher(None, name, column.lower()).ratio()
 
-        scores = {k: sum(map(likeness, v)) / len(v) for k, v in KNOWN.items()}
-        best = max(scores, key=lambda k: scores[k])
-        first = KNOWN[best][0]
-        shown = ", ".join(map(str, columns[:12])) + (", …" if len(columns) > 12 else "")
+        def fit(names: tuple[str, ...]) -> float:
+            return sum(max(likeness(name, c) for c in columns) for name in names) / len(names)
+
+        best = max(KNOWN, key=lambda kind: fit(KNOWN[kind]))
+        free, named = list(columns), []
+        for ours in KNOWN[best][: len(columns)]:
+            theirs = max(free, key=lambda column: likeness(ours, column))
+            free.remove(theirs)
+            named += [f"{ours}={theirs}"] if ours != theirs else []
+        shown = ", ".join(columns[:12]) + (", …" if len(columns) > 12 else "")
         return (
             f"columns {shown} fit no shape; the nearest is {best} ({', '.join(KNOWN[best])}); "
-            f'name yours: COLUMNS="{first}={columns[0]}"'
+            f'name yours: COLUMNS="{",".join(named)}"'
         )

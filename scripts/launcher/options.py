@@ -203,7 +203,8 @@ class _Given:
         if row.makes == "verdict" and "/" in text:  # a suite of the user's own
             text = os.path.expanduser(text).rstrip("/")
             if not Path(text).is_dir():
-                self.problems.append(f"RECIPE={text}: no such folder; give one of lm-eval's tasks")
+                example = f"give one of lm-eval's tasks, as configs/{row.name}/custom is"
+                self.problems.append(f"RECIPE={text}: no such folder; {example}")
             return text
         known = sorted({p.stem for p in (CONFIGS / row.name).glob("*.*")}) if row.recipe else []
         if text and not known:

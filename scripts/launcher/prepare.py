@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Optional
 
 from scripts.launcher import sources
-from scripts.launcher.options import CONFIGS, MODELS, MODELS_HERE, PIPELINE, Options, settings
+from scripts.launcher.options import (
+    CONFIGS,
+    MODELS,
+    MODELS_HERE,
+    PIPELINE,
+    Options,
+    folder_names,
+    settings,
+)
 from scripts.run import gate, modeldir, preflight, stages, suites
 from scripts.run.digests import Digests
 from scripts.run.errors import InputError
@@ -49,10 +57,13 @@ def prepare(
         found += _add_architecture(submission, options.model)
     elif "model" in row.reads:
         first = stages.trained()[0]
-        download = ", or make download" if (MODELS / options.model / "model.json").exists() else ""
+        named = (MODELS / options.model / "model.json").exists() and options.model
+        download = f", or make download MODEL={options.model}" if named else ""
+        run, there = options.run.name, ", ".join(sorted(folder_names(options.run.root))) or "none"
+        lacks = "has none" if options.run.directory.is_dir() else f"is not there (runs: {there})"
         found.append(
-            f"{row.name} needs a model: train one in this run (make {first} "
-            f"RUN={options.run.name}), or give FROM=<Hugging Face directory>{download}"
+            f"{row.name} needs a model, and run {run} {lacks}: train one, make {first} "
+            f"RUN={run}, or give FROM=<Hugging Face directory>{download}"
         )
     if "corpus" in row.reads:
         if sources.recipe(options).is_file():

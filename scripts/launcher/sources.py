@@ -12,7 +12,7 @@ from typing import Any, Optional
 from scripts.corpus.files import HUB_ID
 from scripts.corpus.preview import Preview, preview
 from scripts.corpus.shapes import FOLDERS, NAMES, columns_from
-from scripts.launcher.options import CONFIGS, Options
+from scripts.launcher.options import CONFIGS, Options, with_recipe
 from scripts.launcher.report import made_model
 from scripts.run import stages, suites
 from scripts.run.digests import Digests
@@ -148,7 +148,14 @@ def kinds(options: Options) -> Optional[frozenset[str]]:
 def lacks(options: Options, row: StageRow, found: frozenset[str]) -> str:
     """Say what a stage needs of DATA that is not there."""
     there = [NAMES[kind][1] for kind in FOLDERS if kind in found] or ["nothing to train on"]
-    return f"DATA has {' and '.join(there)}, {row.name} needs {NAMES[row.trains_on][1]}"
+    said = f"DATA has {' and '.join(there)}, {row.name} needs {NAMES[row.trains_on][1]}"
+    others = sorted({path.stem for path in (CONFIGS / row.name).glob("*.*")})
+    own = stages.row(row.name)
+    taking = [name for name in others if with_recipe(own, name).trains_on in found]
+    if not taking:
+        return said
+    variable = "RECIPE" if options.verb == row.name else f"{row.name.upper()}_RECIPE"
+    return f"{said}; {variable}={' or '.join(taking)} takes what DATA has"
 
 
 def unseen(options: Options) -> list[str]:

@@ -44,7 +44,7 @@ def read_json(path: Path) -> Any:
     """Parse a JSON file; None if it does not exist. Raises InputError naming a broken file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, RecursionError) as error:
         mend = "remove it or restore it from a copy"

@@ -68,15 +68,18 @@ def read_header(path: Path) -> dict[str, Any]:
 
 def problems(directory: Path, tokenizer: bool = True) -> list[str]:
     """List what is wrong with a Hugging Face directory as input of a stage; [] if it is whole."""
+    if directory.is_file():
+        return [f"{directory}: a file; give the directory that it is in: FROM={directory.parent}"]
     if not directory.is_dir():
         mend = "give FROM a Hugging Face directory, or train the stage before"
         return [f"{directory}: no such directory; {mend}"]
     found = []
     try:
         found += _config_problems(directory)
-        found += _weight_problems(directory)
+        weights = _weight_problems(directory)
+        found += weights
         if tokenizer:
-            found += tokenizer_problems(directory)
+            found += tokenizer_problems(directory, sized=not weights)
     except InputError as error:
         found += error.problems
     return found
@@ -112,7 +115,8 @@ def untrainable(config_json: Path) -> list[str]:
         method = config["quantization_config"].get("quant_method", "quantised")
         mend = "start from the model that it was made from; this one can be served"
         found.append(f"{config_json}: weights are quantised ({method}); {mend}")
-    if any((config.get(key) or 0) > 1 for key in EXPERTS):
+    chosen = any((config.get(key) or 0) > 1 for key in EXPERTS)
+    if chosen or re.search("moe|mixtral", str(config.get("model_type")), re.I):  # by default
         found.append(f"{config_json}: a mixture of experts: cannot be trained here exactly")
     heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads")
     if heads % (kv_heads or heads):
@@ -170,8 +174,9 @@ def _weight_problems(directory: Path) -> list[str]:
     return found
 
 
-def tokenizer_problems(directory: Path) -> list[str]:
-    """List what is wrong with the tokenizer of a directory that has a config.json."""
+def tokenizer_problems(directory: Path, sized: bool = True) -> list[str]:
+    """List what is wrong with the tokenizer of a directory. `sized`: its config.json has the
+    vocab_size of its weights, so that the tokenizer can be held against it."""
     absent = [name for name in TOKENIZER_FILES[:2] if not (directory / name).exists()]
     if absent:
         mend = WHOLE
@@ -180,8 +185,8 @@ def tokenizer_problems(directory: Path) -> list[str]:
         return [f"{directory}: no {' and no '.join(absent)}; {mend}"]
     found = []
     ids = list(_token_ids(directory).values())
-    size = (read_json(directory / "config.json") or {}).get("vocab_size", 0)
-    if max(ids) >= size:
+    size = (read_json(directory / "config.json") or {}).get("vocab_size")
+    if sized and size is not None and max(ids) >= size:
         found.append(
             f"{directory}: the tokenizer has {max(ids) + 1} entries, the model's vocab_size is "
             f"{size}; use the tokenizer this model was made with"

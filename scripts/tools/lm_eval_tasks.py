@@ -125,7 +125,8 @@ def build(names: list[str], manager: TaskManager) -> None:
                 "it into requirements/stack.in, then make lock setup"
             )
         except Exception as error:  # whatever a task's own code raises
-            said = " ".join(str(error).split())
+            # Of the folder that it runs in (lay_out) a user has never heard.
+            said = " ".join(str(error).replace(f"{Path.cwd()}/", "").split())
             found.append(f"{name}: lm-eval cannot build it: {type(error).__name__}: {said}")
     if found:
         raise InputError(dict.fromkeys(found))

@@ -97,6 +97,8 @@ def _teacher(stage: Rank, cfg: Any) -> Optional[Path]:
     directory, student = teacher_of(stage.arguments), stage.path("FROM")
     if directory is None:
         raise InputError("teacher: missing; give a Hugging Face directory: ARGS=teacher=dir")
+    if not directory.is_dir():
+        raise InputError(f"teacher={directory}: no such directory; give a Hugging Face directory")
     found = problems(directory)
     if not found and sha256(directory / TOKENIZER) != sha256(student / TOKENIZER):
         found = [
