@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -33,13 +35,19 @@ def test_a_users_own_text_goes_through_the_line(tmp_path):
     assert "relay_answers/loss" not in scores
 
 
-def test_chats_on_a_model_of_ones_own_pass_the_gate(tmp_path):
+def test_chats_on_a_model_of_ones_own_pass_the_gate(tmp_path, monkeypatch):
     """No pretrain, the model's own tokenizer, and a verdict against the model it began with."""
     source = write_rows(tmp_path / "chats.jsonl", chats(2000))
     given = {"FROM": str(unbroken("pretrain") / "model"), "DATA": str(source), "PORT": "8020"}
     learn = "max_steps_per_epoch=40 gradient_accumulation_steps=1 batch_size=4 optimizer.lr=2.5e-3"
+    # Short: a socket's path must be. What upstream puts there by itself is not ours.
+    temporary = Path(tempfile.mkdtemp())
+    monkeypatch.setenv("TMPDIR", str(temporary))
     out = make("pipeline", RUN="chats", **given, FINETUNE_ARGS=learn).stdout
     make("undeploy", RUN="chats")
+    left = [path.name for path in temporary.iterdir() if not path.name.startswith("torchinductor")]
+    shutil.rmtree(temporary)
+    assert left == [], f"the service left {left} behind"
     assert "pretrain: left out; DATA has conversations, pretrain needs texts" in out
     assert "align needs pairs of answers; ALIGN_RECIPE=grpo takes what DATA has" in out
     assert re.search(r"answered \S", out), f"the served model gave no answer:\n{out}"

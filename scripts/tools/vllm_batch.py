@@ -112,7 +112,7 @@ def answer(model: Path, answers: Answers, words: list[str]) -> None:
     """Answer what is left with vLLM, whose arguments `words` are. Raises InputError for those that
     it refuses."""
     os.environ.update(environment())
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # a page on what it is, at each start
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # a page on what it is, at each start
     from vllm import LLM, EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
