@@ -179,6 +179,23 @@ def test_a_verdict_tells_of_the_models_before(checkout, tmp_path):
     assert told("evaluate", FROM=str(parent), **data) == {}
 
 
+@pytest.mark.parametrize("named", ["MODEL=smollm2_135m\n", ""])
+def test_a_run_goes_on_with_the_settings_of_its_newest_stage(checkout, tmp_path, named):
+    """FROM with a MODEL, or without one: what comes next takes that one's settings, or none; the
+    sets that were prepared for its tokenizer name none in either case."""
+    parent, run = write_model(tmp_path / "llama"), checkout.parent / "runs/x"
+    for stage, facts in (("data", ""), ("finetune", named)):
+        (run / stage).mkdir(parents=True)
+        (run / stage / "stage.env").write_text(f"{facts}FROM={parent}\n")
+        (run / stage / "stage.json").write_text('{"status": "done"}')
+    (run / "data/sets").mkdir()
+    (run / "data/sets/data.json").write_text('{"rows": {"preference": 9}}')
+    write_model(run / "finetune/model")
+    shown = launch(checkout, "align", RUN="x", DATA=str(run / "data"), DRY_RUN="1")
+    assert shown.returncode == 0, shown.stderr
+    assert re.findall(r"^MODEL=.*\n", shown.stdout, re.M) == ([named] if named else [])
+
+
 def test_a_downloaded_model_is_taken_where_the_run_has_none(checkout, tmp_path):
     """pretrain by itself starts from random weights all the same; a pipeline goes on from it."""
     name = "smollm2_135m"

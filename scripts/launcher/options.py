@@ -125,7 +125,7 @@ def read(verb: str, env: Mapping[str, str]) -> Options:
         found.append(f"RECIPE: which stage of the pipeline? Use {_each('RECIPE')} instead")
     if given.text("SERVICE") and not CLUSTERS.get(cluster, Cluster).names_services:
         found.append(f"SERVICE: CLUSTER={cluster} serves a run under no other name; leave it out")
-    model = model or _model_of(base or run, source)
+    model = model or _model_of(base or run, verb, source)
     born = row and row.from_scratch and row.ranks  # asked for by itself: from random weights
     place = folder / model
     downloaded = model and not born and (place / "download.json").exists()
@@ -262,16 +262,17 @@ def _model_problems(verb: str, model: str) -> list[str]:
     return [f"MODEL={model}: unknown; {meant}known are those of `make models`, or any by FROM="]
 
 
-def _model_of(run: Run, source: str) -> str:
-    """Return the model whose settings are taken where MODEL does not say: none for a FROM, that of
-    the stages that the run has, or else the debug model's."""
+def _model_of(run: Run, verb: str, source: str) -> str:
+    """Return the model whose settings are taken where MODEL does not say: none for a FROM; that of
+    the newest stage that the run has up to this one; or else the debug model's."""
     if source:
         return ""
-    for name in stages.names():
-        facts = run.stage(name) / "stage.env"
-        if facts.exists():
-            return files.read_env(facts).get("MODEL", "")
-    return DEBUG
+    names = [*stages.before(verb), verb] if verb in stages.names() else stages.names()
+    there = [name for name in names if (run.stage(name) / "stage.env").exists()]
+    # Sets that were prepared for another's tokenizer name no model.
+    there = [name for name in there if stages.row(name).recipe] or there
+    facts = files.read_env(run.stage(there[-1]) / "stage.env") if there else {"MODEL": DEBUG}
+    return facts.get("MODEL", "")
 
 
 def with_recipe(row: StageRow, recipe: str) -> StageRow:
