@@ -217,6 +217,20 @@ def test_a_run_with_other_settings_is_refused_once_it_has_results(finetune):
     assert_refused(launch("finetune", **options, DRY_RUN="1"), *words)
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "told"),
+    [
+        ("", "epochs=2", "ARGS were none, now epochs=2"),
+        ("--a 1 --steps 5 --b", "--a 1 --steps 6 --b", "ARGS were … --steps 5, now … --steps 6"),
+        ("a=1", "a=1 b=2", "ARGS were …, now … b=2"),
+        ("a=1 a=1", "a=1", "ARGS were … a=1, now …"),
+    ],
+)
+def test_of_other_arguments_the_difference_is_told(finetune, before, now, told):
+    (finetune.directory / "args.json").write_text(json.dumps(before.split()))
+    assert finetune.changed(MODEL="", ARGS=now) == [told]
+
+
 def test_a_second_launch_of_a_running_stage_is_refused(finetune):
     attempts.begin(finetune.directory)
     assert_refused(launch("finetune", **finetune.options), "running already", "make stop RUN=x")

@@ -119,7 +119,22 @@ class Submission:
                 and not (key == "NODES" and self.row.spreads)
             ]
         if name == "args.json":
-            words = (files.read_json(path), json.loads(text))
-            before, now = (shlex.join(given) or "none" for given in words)
-            return [f"ARGS were {before}, now {now}"]
+            return [_other_words(files.read_json(path), json.loads(text))]
         return [f"{name} has changed since (the run's copy: {relative(path)})"]
+
+
+def _other_words(before: list[str], now: list[str]) -> str:
+    """Say where two lists of arguments differ: without the words that both begin and end with."""
+    first = _alike(before, now)
+    if first and before[first - 1].startswith("-"):  # of an option's value its name, too
+        first -= 1
+    last = _alike(before[first:][::-1], now[first:][::-1])
+    same = "… " if first or last else ""
+    shown = [f"{same}{shlex.join(words[first : len(words) - last])}" for words in (before, now)]
+    return "ARGS were {}, now {}".format(*(words.strip() or "none" for words in shown))
+
+
+def _alike(one: list[str], other: list[str]) -> int:
+    """Count the words at the beginning that two lists share."""
+    unlike = (number for number, (a, b) in enumerate(zip(one, other)) if a != b)
+    return next(unlike, min(len(one), len(other)))
