@@ -43,8 +43,13 @@ def assert_nothing_held_out_is_trained_on(splits):
 
 
 @pytest.fixture(scope="module")
-def documentation():
-    return split(python_documentation())
+def corpus():
+    return python_documentation()
+
+
+@pytest.fixture(scope="module")
+def documentation(corpus):
+    return split(corpus)
 
 
 def test_documentation_holds_out_enough_and_leaks_nothing(documentation):
@@ -54,9 +59,9 @@ def test_documentation_holds_out_enough_and_leaks_nothing(documentation):
     assert_nothing_held_out_is_trained_on(documentation)
 
 
-def test_a_rank_reads_the_same_documentation(monkeypatch):
+def test_a_rank_reads_the_same_documentation(corpus, monkeypatch):
     """torch.distributed replaces sys.excepthook in each: make data NODES=2 had another corpus."""
-    before = python_documentation().documents
+    before = corpus.documents
     assert any(text.startswith("sys.excepthook\n") for text in before)
     monkeypatch.setattr(sys, "excepthook", lambda *_: None)
     assert python_documentation().documents == before
