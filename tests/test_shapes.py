@@ -138,7 +138,8 @@ def test_columns_that_are_not_used_are_named():
     ("row", "why"),
     [
         ({"body": "t"}, "columns body fit no shape; the nearest is"),
-        ({"prompt": "q"}, "fit no shape; the nearest is"),
+        ({"prompt": "q"}, "(prompt, completion); completion is missing"),
+        ({"prompt": "q", "zzz": 1}, 'COLUMNS="completion=zzz"'),
         ({"prompt": "q", "choosen": "a", "regected": "b"}, "pairs"),
         ({"ans": "a", "quest": "q"}, 'COLUMNS="question=quest,answer=ans"'),
         ([1], "not an object"),

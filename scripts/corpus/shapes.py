@@ -250,12 +250,14 @@ class _Reader:
 
         best = max(KNOWN, key=lambda kind: fit(KNOWN[kind]))
         free, named = list(columns), []
-        for ours in KNOWN[best][: len(columns)]:
+        wanted = sorted(KNOWN[best], key=lambda ours: ours not in columns)  # those first
+        for ours in wanted[: len(columns)]:
             theirs = max(free, key=lambda column: likeness(ours, column))
             free.remove(theirs)
             named += [f"{ours}={theirs}"] if ours != theirs else []
+        mend = f'name yours: COLUMNS="{",".join(named)}"'
+        if not named:
+            mend = f"{' and '.join(wanted[len(columns) :])} is missing"
         shown = ", ".join(columns[:12]) + (", …" if len(columns) > 12 else "")
-        return (
-            f"columns {shown} fit no shape; the nearest is {best} ({', '.join(KNOWN[best])}); "
-            f'name yours: COLUMNS="{",".join(named)}"'
-        )
+        near = f"{best} ({', '.join(KNOWN[best])})"
+        return f"columns {shown} fit no shape; the nearest is {near}; {mend}"
